@@ -1,0 +1,72 @@
+"""One block: attention and a feed-forward network, each behind a norm and beside a residual.
+
+B batch, S sequence, D model width, E experts.
+"""
+
+from typing import NamedTuple
+
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from model.cache import LatentCache
+from model.config import ModelConfig
+from model.ffn import SwiGLU
+from model.mla import MLA
+from model.moe import MoE
+from model.rope import Rotation, softmax_temperature
+
+
+class BlockOutput(NamedTuple):
+    hidden: Float[Tensor, "B S D"]
+    load: Int64[Tensor, " E"] | None  # None in a dense block
+    balance_loss: Float[Tensor, ""] | None
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block, dense or MoE."""
+
+    def __init__(
+        self, config: ModelConfig, *, is_dense: bool, expert_group: dist.ProcessGroup | None
+    ) -> None:
+        super().__init__()
+        self.is_moe = not is_dense
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention = MLA(
+            config.attention,
+            dim=config.dim,
+            norm_eps=config.norm_eps,
+            temperature=softmax_temperature(config.rope),
+        )
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn: SwiGLU | MoE
+        if is_dense:
+            self.ffn = SwiGLU(config.dim, config.ffn_dim)
+        else:
+            self.ffn = MoE(config.moe, dim=config.dim, expert_group=expert_group)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B S D"],
+        rotation: Rotation,
+        counted: Bool[Tensor, "B S"],
+        *,
+        segments: list[int],
+    ) -> BlockOutput:
+        x = x + self.attention(self.attention_norm(x), rotation, segments=segments)
+        inner = self.ffn_norm(x)
+        if isinstance(self.ffn, MoE):
+            out = self.ffn(inner, counted)
+            return BlockOutput(x + out.hidden, out.load, out.balance_loss)
+        return BlockOutput(x + self.ffn(inner), None, None)
+
+    def decode(
+        self, x: Float[Tensor, "B S D"], rotation: Rotation, cache: LatentCache
+    ) -> Float[Tensor, "B S D"]:
+        """The block over new tokens only; past ones are in the cache."""
+        x = x + self.attention.decode(self.attention_norm(x), rotation, cache)
+        inner = self.ffn_norm(x)
+        if isinstance(self.ffn, MoE):
+            counted = inner.new_ones(inner.shape[:2], dtype=bool)
+            return x + self.ffn(inner, counted).hidden
+        return x + self.ffn(inner)

@@ -1,0 +1,28 @@
+"""The routed experts: stacked SwiGLU networks.
+
+N rows sorted by expert, E experts on this rank, D model width, F an expert's inner width.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from model.grouped import grouped_product
+
+
+class Experts(nn.Module):
+    """Experts `first` to `first + num_local` of all, each a SwiGLU network."""
+
+    def __init__(self, *, first: int, num_local: int, dim: int, inner_dim: int) -> None:
+        super().__init__()
+        self.first = first
+        self.gate = nn.Parameter(torch.empty(num_local, inner_dim, dim))
+        self.up = nn.Parameter(torch.empty(num_local, inner_dim, dim))
+        self.down = nn.Parameter(torch.empty(num_local, dim, inner_dim))
+
+    def forward(self, rows: Float[Tensor, "N D"], counts: list[int]) -> Float[Tensor, "N D"]:
+        """Each expert's output for its own run of rows; `counts` gives the runs' lengths."""
+        gate = grouped_product(rows, self.gate, counts)
+        up = grouped_product(rows, self.up, counts)
+        return grouped_product(F.silu(gate) * up, self.down, counts)

@@ -1,0 +1,18 @@
+"""SwiGLU feed-forward network (arXiv:2002.05202). D model width, F inner width."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class SwiGLU(nn.Module):
+    """A gated feed-forward network: the dense layers' whole, the MoE layers' shared experts."""
+
+    def __init__(self, dim: int, inner_dim: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, inner_dim, bias=False)
+        self.up = nn.Linear(dim, inner_dim, bias=False)
+        self.down = nn.Linear(inner_dim, dim, bias=False)
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        return self.down(F.silu(self.gate(x)) * self.up(x))

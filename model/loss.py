@@ -1,0 +1,69 @@
+"""Cross-entropy over the vocabulary without ever holding all logits.
+
+N positions, D model width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100  # a target that is not predicted; torch's own default
+CHUNK_BYTES = 8 << 20  # fp32 logits alive at once; a few MB stay in a CPU's cache
+
+
+def summed_cross_entropy(
+    hidden: Float[Tensor, "N D"], head: Float[Tensor, "V D"], targets: Int64[Tensor, " N"]
+) -> Float[Tensor, ""]:
+    """Sum in nats, fp32, over the positions whose target is not IGNORED.
+
+    Logits exist for a few rows at a time. Their gradient is taken in the same pass, since the
+    loss is a scalar: the backward pass only scales it. (torch 2.13's `linear_cross_entropy`
+    chunks as well, but is slower here on the CPU: `python -m bench.loss`.)
+    """
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, head, targets)
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        needs_hidden, needs_head, _ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if needs_head else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        chunk = max(1, CHUNK_BYTES // (4 * head.shape[0]))
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            logits = F.linear(hidden[rows], head).float()
+            is_kept = targets[rows] != IGNORED
+            wanted = targets[rows].where(is_kept, 0)[:, None]
+            normaliser = logits.logsumexp(dim=-1, keepdim=True)
+            losses = (normaliser - logits.gather(-1, wanted))[:, 0]
+            total += torch.where(is_kept, losses, 0.0).sum()
+            if grad_hidden is None and grad_head is None:
+                continue
+            grad = logits.sub_(normaliser).exp_()  # probabilities
+            grad.scatter_add_(-1, wanted, grad.new_full((), -1.0).expand_as(wanted))
+            grad.masked_fill_(~is_kept[:, None], 0.0)
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, head, out=grad_hidden[rows])
+            if grad_head is not None:
+                grad_head += grad.t() @ hidden[rows]
+        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.head_dtype = head.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_hidden, grad_head = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * scale.to(grad_hidden.dtype)
+        if grad_head is not None:
+            grad_head = (grad_head * scale).to(ctx.head_dtype)
+        return grad_hidden, grad_head, None

@@ -1,0 +1,132 @@
+"""Multi-head latent attention (arXiv:2405.04434, 2.1).
+
+B batch, S sequence, T tokens held by the cache, D model width, H heads, C latent width,
+N and R the widths of a head's parts without and with position, V its value width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from model.attention import attend
+from model.cache import LatentCache
+from model.rope import Rotation, rotate
+
+
+@dataclass(slots=True, kw_only=True)
+class MLAConfig:
+    #: Attention heads.
+    num_heads: int
+    #: Width of the compressed query; null projects queries straight from the hidden state.
+    q_lora_rank: int | None = None
+    #: Width of the latent that keys and values are rebuilt from (all that the cache holds).
+    kv_lora_rank: int
+    #: Width of the part of a head's query and key that carries no position.
+    nope_head_dim: int
+    #: Width of the part of a head's query and key that RoPE turns; the key's is shared by heads.
+    rope_head_dim: int
+    #: Width of a head's value.
+    v_head_dim: int
+
+
+class MLA(nn.Module):
+    """Attention whose keys and values are rebuilt from one small latent per token."""
+
+    def __init__(self, config: MLAConfig, *, dim: int, norm_eps: float, temperature: float) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.nope_head_dim = config.nope_head_dim
+        self.rope_head_dim = config.rope_head_dim
+        self.v_head_dim = config.v_head_dim
+        self.kv_lora_rank = config.kv_lora_rank
+        head_dim = config.nope_head_dim + config.rope_head_dim
+        self.scale = head_dim**-0.5 * temperature
+
+        query_width = config.num_heads * head_dim
+        self.q_down: nn.Linear | None = None
+        if config.q_lora_rank is None:
+            self.q_up = nn.Linear(dim, query_width, bias=False)
+        else:
+            self.q_down = nn.Linear(dim, config.q_lora_rank, bias=False)
+            self.q_norm = nn.RMSNorm(config.q_lora_rank, eps=norm_eps)
+            self.q_up = nn.Linear(config.q_lora_rank, query_width, bias=False)
+        self.kv_down = nn.Linear(dim, config.kv_lora_rank + config.rope_head_dim, bias=False)
+        self.kv_norm = nn.RMSNorm(config.kv_lora_rank, eps=norm_eps)
+        self.kv_up = nn.Linear(
+            config.kv_lora_rank,
+            config.num_heads * (config.nope_head_dim + config.v_head_dim),
+            bias=False,
+        )
+        self.out = nn.Linear(config.num_heads * config.v_head_dim, dim, bias=False)
+
+    def forward(
+        self, x: Float[Tensor, "B S D"], rotation: Rotation, *, segments: list[int]
+    ) -> Float[Tensor, "B S D"]:
+        """Training's form: keys and values of every head are rebuilt from the latent."""
+        q_nope, q_rope = self._queries(x, rotation)
+        latent, k_rope = self._latents(x, rotation)
+        rebuilt = self.kv_up(latent).unflatten(-1, (self.num_heads, -1))
+        k_nope, value = rebuilt.split((self.nope_head_dim, self.v_head_dim), dim=-1)
+        k_rope = k_rope.expand(-1, -1, self.num_heads, -1)
+        mixed = attend(
+            torch.cat((q_nope, q_rope), dim=-1),
+            torch.cat((k_nope, k_rope), dim=-1),
+            value,
+            scale=self.scale,
+            segments=segments,
+        )
+        return self.out(mixed.flatten(-2))
+
+    def decode(
+        self, x: Float[Tensor, "B S D"], rotation: Rotation, cache: LatentCache
+    ) -> Float[Tensor, "B S D"]:
+        """Generation's form: attention in the latent space, over the cache and then `x` itself.
+
+        The key's and value's up-projections are absorbed into the query and the output, so that
+        no key or value of a past token is ever rebuilt.
+        """
+        q_nope, q_rope = self._queries(x, rotation)
+        latent, k_rope = self._latents(x, rotation)
+        latents, k_ropes = cache.extend(latent, k_rope[:, :, 0])  # [B, T, C], [B, T, R]
+        up = self.kv_up.weight.unflatten(0, (self.num_heads, -1))
+        key_up, value_up = up.split((self.nope_head_dim, self.v_head_dim), dim=1)
+
+        q_latent = torch.einsum("bshn,hnc->bshc", q_nope, key_up)
+        logits = torch.einsum("bshc,btc->bhst", q_latent, latents)
+        logits = logits + torch.einsum("bshr,btr->bhst", q_rope, k_ropes)
+        num_new, num_held = logits.shape[-2:]
+        ahead = torch.ones(num_new, num_held, dtype=torch.bool, device=x.device)
+        ahead = ahead.triu(num_held - num_new + 1)
+        logits = (logits.float() * self.scale).masked_fill(ahead, float("-inf"))
+        weights = logits.softmax(dim=-1).to(x.dtype)
+        mixed = torch.einsum("bhst,btc->bshc", weights, latents)
+        return self.out(torch.einsum("bshc,hvc->bshv", mixed, value_up).flatten(-2))
+
+    def _queries(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Queries without [B, S, H, N] and with position [B, S, H, R]."""
+        hidden = x if self.q_down is None else self.q_norm(self.q_down(x))
+        query = self.q_up(hidden).unflatten(-1, (self.num_heads, -1))
+        q_nope, q_rope = query.split((self.nope_head_dim, self.rope_head_dim), dim=-1)
+        return q_nope, rotate(q_rope, rotation)
+
+    def _latents(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """The normalised latent [B, S, C] and the key part shared by all heads [B, S, 1, R]."""
+        latent, k_rope = self.kv_down(x).split((self.kv_lora_rank, self.rope_head_dim), dim=-1)
+        return self.kv_norm(latent), rotate(k_rope.unsqueeze(2), rotation)
+
+
+def check_mla(config: MLAConfig) -> None:
+    """Refuse, with a ValueError, widths that are not positive."""
+    widths = ("num_heads", "kv_lora_rank", "nope_head_dim", "rope_head_dim", "v_head_dim")
+    for name in (*widths, "q_lora_rank"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"model.attention.{name}={value} must be positive; choose at least 1")
+    if config.v_head_dim > config.nope_head_dim + config.rope_head_dim:
+        raise ValueError(
+            f"model.attention.v_head_dim={config.v_head_dim} exceeds the query's width "
+            f"{config.nope_head_dim + config.rope_head_dim} (nope_head_dim + rope_head_dim); "
+            "choose a v_head_dim up to that"
+        )

@@ -1,0 +1,64 @@
+"""Multi-token prediction (arXiv:2412.19437, 2.2): further depths that predict further ahead.
+
+B batch, S sequence, D model width.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from model.block import Block, BlockOutput
+from model.config import ModelConfig
+from model.loss import IGNORED
+from model.rope import Rotation
+
+
+class MTP(nn.Module):
+    """One depth: a block over the previous depth's state and the next known token.
+
+    Embedding and head are the main model's. The state continued from is the one that the
+    previous depth's head read (after its norm), and the embedding comes first in the
+    projection's input: both as in the published weights.
+    """
+
+    def __init__(self, config: ModelConfig, *, expert_group: dist.ProcessGroup | None) -> None:
+        super().__init__()
+        self.embed_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.hidden_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.project = nn.Linear(2 * config.dim, config.dim, bias=False)
+        is_dense = config.num_dense_layers == config.num_layers
+        self.block = Block(config, is_dense=is_dense, expert_group=expert_group)
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "B S D"],
+        ahead: Float[Tensor, "B S D"],
+        rotation: Rotation,
+        counted: Bool[Tensor, "B S"],
+        *,
+        segments: list[int],
+    ) -> BlockOutput:
+        """`ahead` are the embeddings of the tokens `depth` places later; the norm is the caller's."""
+        both = torch.cat((self.embed_norm(ahead), self.hidden_norm(hidden)), dim=-1)
+        return self.block(self.project(both), rotation, counted, segments=segments)
+
+
+def shift_back(x: Tensor, depth: int) -> Tensor:
+    """`x[:, t + depth]` at place t [B, S, ...]; zeros where the row has ended."""
+    padding = (0, 0) * (x.ndim - 2) + (0, depth)
+    return F.pad(x[:, depth:], padding)
+
+
+def shift_targets(targets: Int64[Tensor, "B S"], depth: int) -> Int64[Tensor, "B S"]:
+    """Targets `depth` places further; IGNORED past the row's end and past any IGNORED between.
+
+    A chain of targets without a gap lies in one document, so no depth predicts across a border.
+    """
+    shifted = targets
+    for _ in range(depth):
+        following = F.pad(shifted[:, 1:], (0, 1), value=IGNORED)
+        shifted = following.where(targets != IGNORED, IGNORED)
+    return shifted

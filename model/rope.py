@@ -1,0 +1,118 @@
+"""Rotary position embedding on interleaved pairs, with YaRN (arXiv:2309.00071).
+
+B batch, S sequence, H heads, R rotated dimensions of a head (even), P = R/2 pairs.
+"""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+
+class RopeScaling(StrEnum):
+    none = "none"
+    yarn = "yarn"
+
+
+@dataclass(slots=True, kw_only=True)
+class RopeConfig:
+    #: Base of the geometric series of wavelengths.
+    theta: float = 10_000.0
+    #: How positions beyond `original_seq_len` are reached.
+    scaling: RopeScaling = RopeScaling.none
+    #: YaRN: context after extension divided by the context before it.
+    factor: float = 1.0
+    #: YaRN: context length, in tokens, of the model before the extension.
+    original_seq_len: int = 4096
+    #: YaRN: pairs that turn more often than this in the original context keep their frequency.
+    beta_fast: float = 32.0
+    #: YaRN: pairs that turn less often than this are interpolated in full.
+    beta_slow: float = 1.0
+    #: YaRN: strength of the temperature on cosine and sine, relative to `mscale_all_dim`.
+    mscale: float = 1.0
+    #: YaRN: strength of the temperature on the softmax scale; 0 leaves it to `mscale` alone.
+    mscale_all_dim: float = 0.0
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of every position's angles, in fp32, magnitude included."""
+
+    cos: Float[Tensor, "B S P"]
+    sin: Float[Tensor, "B S P"]
+
+
+def check_rope(config: RopeConfig, *, dim: int) -> None:
+    """Refuse, with a ValueError, settings under which no rotation exists."""
+    if dim % 2:
+        raise ValueError(
+            f"model.attention.rope_head_dim={dim} is odd, but RoPE turns pairs; choose an even one"
+        )
+    if config.factor < 1.0:
+        raise ValueError(
+            f"model.rope.factor={config.factor} shrinks the context; choose a factor >= 1"
+        )
+    if config.scaling is RopeScaling.none and config.factor != 1.0:
+        raise ValueError(
+            f"model.rope.factor={config.factor} has no effect with model.rope.scaling=none; "
+            "set model.rope.scaling=yarn or leave the factor at 1"
+        )
+
+
+def rotation(config: RopeConfig, positions: Int64[Tensor, "B S"], *, dim: int) -> Rotation:
+    """Cosine and sine for each position; fp32 whatever the model's precision."""
+    frequencies = pair_frequencies(config, dim=dim).to(positions.device)
+    angles = positions[..., None].float() * frequencies
+    magnitude = _temperature(config, config.mscale)
+    if config.mscale_all_dim:
+        magnitude /= _temperature(config, config.mscale_all_dim)
+    return Rotation(angles.cos() * magnitude, angles.sin() * magnitude)
+
+
+def rotate(x: Float[Tensor, "B S H R"], by: Rotation) -> Float[Tensor, "B S H R"]:
+    """Turn each interleaved pair (x0, x1), (x2, x3), ... of `x` by its angle.
+
+    DeepSeek's published weights expect interleaved pairs, not halves.
+    """
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # each [B, S, H, P]
+    cos, sin = by.cos[:, :, None], by.sin[:, :, None]
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def softmax_temperature(config: RopeConfig) -> float:
+    """Factor on the attention's softmax scale: the square of YaRN's mscale_all_dim term."""
+    if config.mscale_all_dim == 0.0:
+        return 1.0
+    return _temperature(config, config.mscale_all_dim) ** 2
+
+
+def pair_frequencies(config: RopeConfig, *, dim: int) -> Float[Tensor, " P"]:
+    """Radians per position of each pair, blended by YaRN's ramp where that is chosen."""
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    extrapolated = 1.0 / config.theta**exponents
+    if config.scaling is RopeScaling.none:
+        return extrapolated
+    interpolated = extrapolated / config.factor
+    low = math.floor(_pair_turning(config, config.beta_fast, dim=dim))
+    high = math.ceil(_pair_turning(config, config.beta_slow, dim=dim))
+    low, high = max(low, 0), min(high, dim - 1)
+    span = max(high - low, 0.001)  # 0.001: as in the reference, when both ends meet
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+    return interpolated * ramp + extrapolated * (1 - ramp)
+
+
+def _pair_turning(config: RopeConfig, turns: float, *, dim: int) -> float:
+    """The (fractional) pair that completes `turns` rotations within the original context."""
+    wavelength = config.original_seq_len / (turns * 2 * math.pi)
+    return dim * math.log(wavelength) / (2 * math.log(config.theta))
+
+
+def _temperature(config: RopeConfig, strength: float) -> float:
+    """YaRN's attention temperature, 0.1 * strength * ln(factor) + 1."""
+    if config.scaling is RopeScaling.none:
+        return 1.0
+    return 0.1 * strength * math.log(config.factor) + 1.0

@@ -1,0 +1,63 @@
+"""What every rank runs: `python -m train RUN_DIR`, where the launcher has put config.yaml."""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from train.checkpoint import SaveError
+from train.config import CONFIG_FILE, RunConfig, check_run, read_config
+from train.engine import join, leave
+from train.loop import train
+from train.outcome import ExitCode, Outcome, Status, write_outcome
+
+log = logging.getLogger("train")
+
+TIMEOUT_MINUTES = 30.0
+
+
+def main() -> ExitCode:
+    """Train as one rank of the run, and tell how it ended."""
+    parser = argparse.ArgumentParser(prog="python -m train", description=__doc__)
+    parser.add_argument("run_dir", type=Path, help="folder with the run's resolved config.yaml")
+    run_dir: Path = parser.parse_args().run_dir
+    is_first = os.environ.get("RANK", "0") == "0"
+    configure_logging(is_first=is_first)
+    try:
+        config = read_config(run_dir / CONFIG_FILE, RunConfig)
+        check_run(config, num_ranks=int(os.environ.get("WORLD_SIZE", "1")))
+        ranks = join(config.parallel, timeout_minutes=TIMEOUT_MINUTES)
+        outcome = train(config, ranks)
+        ranks.wait()
+        leave()
+    except (ValueError, SaveError, FloatingPointError) as error:
+        log.error("%s", error)
+        outcome = Outcome(status=Status.failed, step=-1, reason=str(error))
+    except Exception as error:
+        if is_first:
+            write_outcome(run_dir, Outcome(status=Status.failed, step=-1, reason=repr(error)))
+        raise
+    if is_first:
+        write_outcome(run_dir, outcome)
+    return outcome.exit_code
+
+
+def configure_logging(*, is_first: bool) -> None:
+    """Our log lines from the first rank, warnings and worse from DeepSpeed, all on stderr."""
+    logging.basicConfig(
+        level=logging.INFO if is_first else logging.ERROR,
+        format="%(levelname).1s %(name)s: %(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
+    for name in ("DeepSpeed", "torch", "filelock", "urllib3"):
+        logging.getLogger(name).setLevel(logging.WARNING if is_first else logging.ERROR)
+
+
+if __name__ == "__main__":
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    sys.exit(main())

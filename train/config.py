@@ -1,0 +1,90 @@
+"""The whole run as one typed tree, and how it travels to the ranks.
+
+The launcher composes it once and writes it into the run's folder; ranks read that file and
+never compose again. Groups with several kinds (`data`, `schedule`) are told apart by `kind`.
+"""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.config import DATA_KINDS, DataConfig
+from data.config import check as check_data
+from model.config import ModelConfig, check_model
+from train.checkpoint import CheckpointConfig, check_checkpoint
+from train.evaluate import EvaluationConfig, check_evaluation
+from train.journal import LoggingConfig, check_logging
+from train.optimizer import OptimizerConfig, check_optimizer
+from train.parallel import ParallelConfig, check_parallel
+from train.precision import PrecisionConfig
+from train.schedule import SCHEDULE_KINDS, ScheduleConfig, check_schedule
+
+CONFIG_FILE = "config.yaml"
+LAUNCH = "launch"  # the launcher's own group, of no concern to ranks
+
+
+@dataclass(slots=True, kw_only=True)
+class RunConfig:
+    #: Folder of the run: config, metrics, logs, checkpoints. The same folder again continues it.
+    run_dir: str
+    #: Decides initial weights and the order of the data.
+    seed: int = 0
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    parallel: ParallelConfig
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+def check_run(config: RunConfig, *, num_ranks: int) -> None:
+    """Refuse, with a ValueError naming key, value, rule and way out, what can't be run."""
+    check_model(config.model)
+    check_data(config.data)
+    check_optimizer(config.optimizer)
+    check_schedule(config.schedule)
+    check_checkpoint(config.checkpoint)
+    check_evaluation(config.evaluation)
+    check_logging(config.logging)
+    check_parallel(config.parallel, config.model, config.schedule, num_ranks=num_ranks)
+
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def read_config(path: Path, schema: type[Config]) -> Config:
+    """The typed config written by `write_config`; keys that `schema` lacks are refused.
+
+    Raises:
+        ValueError: The file is missing or does not fit.
+    """
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+        assert isinstance(values, dict), f"{path} holds a mapping"
+        known = {field.name for field in fields(schema)}
+        if LAUNCH not in known:
+            values.pop(LAUNCH, None)
+        return typed(values, schema)
+    except (OmegaConfBaseException, OSError) as error:
+        raise ValueError(f"{path} is no config of a run: {error}") from error
+
+
+def write_config(config: RunConfig, path: Path) -> None:
+    """All values, resolved, as YAML that a person can read."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def typed(values: Any, schema: type[Config]) -> Config:
+    """`values` (plain containers) as `schema`, with the kinds of its groups chosen by `kind`."""
+    config = OmegaConf.structured(schema)
+    config.data = DATA_KINDS[values["data"]["kind"]]
+    config.schedule = SCHEDULE_KINDS[values["schedule"]["kind"]]
+    filled = OmegaConf.to_object(OmegaConf.merge(config, values))
+    assert isinstance(filled, schema)
+    return filled

@@ -1,0 +1,48 @@
+"""What the device can do at most, and how much of its memory was used."""
+
+import resource
+import time
+
+import torch
+
+# Dense matrix rates in FLOP/s from the vendors' data sheets (SXM parts where there are several).
+KNOWN_PEAKS: dict[str, dict[torch.dtype, float]] = {
+    "A100": {torch.bfloat16: 312e12, torch.float32: 19.5e12},
+    "H100": {torch.bfloat16: 989e12, torch.float32: 67e12},
+    "H200": {torch.bfloat16: 989e12, torch.float32: 67e12},
+    "H800": {torch.bfloat16: 989e12, torch.float32: 67e12},
+    "L40S": {torch.bfloat16: 362e12, torch.float32: 91.6e12},
+    "RTX 4090": {torch.bfloat16: 165e12, torch.float32: 82.6e12},
+    "B200": {torch.bfloat16: 2250e12, torch.float32: 80e12},
+}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the device's matrix products: known by its name, or else measured."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, peaks in KNOWN_PEAKS.items():
+            if known in name:
+                return peaks[dtype]
+    return measure_matrix_rate(device, dtype)
+
+
+def measure_matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int = 1024) -> float:
+    """Best FLOP/s of a few square products."""
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        product = a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+        del product
+    return 2 * size**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held: of the device, or of main memory on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,50 @@
+"""The training loop: the story of a run, from its folder to its last step."""
+
+from contextlib import ExitStack
+
+from train.config import RunConfig
+from train.interrupt import Interrupt
+from train.outcome import Outcome, Status
+from train.progress import refuse_divergence
+from train.ranks import Ranks
+from train.run import Run
+from train.schedule import batch_size, learning_rate
+from train.update import count_denominators, update
+
+
+def train(config: RunConfig, ranks: Ranks) -> Outcome:
+    """Run until the schedule's last step or a signal; all ranks return the same.
+
+    Raises:
+        ValueError: Corpus or checkpoint do not fit the config.
+        SaveError: A checkpoint could not be written, and the config says to stop then.
+        FloatingPointError: Too many steps in a row had gradients that were not finite.
+    """
+    with ExitStack() as stack:
+        interrupt = stack.enter_context(Interrupt())
+        run = Run(config, ranks)
+        batches = stack.enter_context(run.batches)
+        journal = stack.enter_context(run.open_journal())
+        progress, schedule = run.progress, config.schedule
+
+        while progress.step < schedule.steps:
+            size = batch_size(schedule, progress.step)
+            micro_batches = batches.take(progress.samples, size)
+            over = count_denominators(micro_batches, config.model, ranks)
+            if ranks.any(interrupt.is_requested):
+                run.save(journal)
+                return Outcome(status=Status.interrupted, step=progress.step, reason="a signal")
+
+            lr = learning_rate(schedule, progress.step)
+            report = update(run.engine, micro_batches, over, config=config.model, lr=lr)
+            progress.advance(size, over.targets, is_applied=report.is_applied)
+            run.meters.count(size)
+
+            if run.is_due(config.logging.every) or not report.is_applied:
+                journal.write(run.meters.read(report, progress, lr=lr))
+            refuse_divergence(progress, limit=config.optimizer.max_skipped_steps)
+            if run.is_due(config.evaluation.every):
+                run.evaluate(journal)
+            if run.is_due(config.checkpoint.every):
+                run.save(journal)
+        return Outcome(status=Status.finished, step=progress.step, summary=run.summary())

@@ -1,0 +1,80 @@
+"""A step's numbers as a person and a plot want them."""
+
+import time
+
+from model.balance import max_violation
+from model.config import ModelConfig
+from model.cost import flops_per_token
+from train.config import RunConfig
+from train.hardware import peak_flops, peak_memory
+from train.journal import Record
+from train.progress import Progress
+from train.ranks import Ranks
+from train.update import StepReport
+
+
+class Meters:
+    """Turns reports into records; rates are those since the last reading."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        self._model: ModelConfig = config.model
+        self._seq_len = config.data.seq_len
+        self._ranks = ranks
+        self._flops_per_token = flops_per_token(config.model, seq_len=config.data.seq_len)
+        self._peak = peak_flops(ranks.device, config.precision.dtype.torch) * ranks.count
+        self._tokens = 0.0
+        self._seconds = 0.0
+        self._restart()
+
+    def count(self, sequences: int) -> None:
+        """Note that a step over so many sequences is done."""
+        self._sequences += sequences
+
+    def read(self, report: StepReport, progress: Progress, *, lr: float) -> Record:
+        """The record of a step. Waits for the device; every rank must call it."""
+        loss, balance_loss, *mtp_losses = report.losses.tolist()
+        load = report.load.cpu()
+        memory = max(self._ranks.gather(peak_memory(self._ranks.device)))
+        seconds = time.perf_counter() - self._since
+        tokens_per_second = self._sequences * self._seq_len / seconds
+        self._tokens += self._sequences * self._seq_len
+        self._seconds += seconds
+        flops = tokens_per_second * self._flops_per_token
+        record: Record = {
+            "event": "step",
+            "step": progress.step,
+            "loss": loss,
+            **{f"mtp_loss_{k}": value for k, value in enumerate(mtp_losses, start=1)},
+            "balance_loss": balance_loss,
+            "grad_norm": report.grad_norm,
+            "lr": lr,
+            "tokens_per_second": tokens_per_second,
+            "flops_per_second": flops,
+            "mfu": flops / self._peak,
+            "memory_bytes": memory,
+            "samples": progress.samples,
+            "targets": progress.targets,
+            "skipped": progress.skipped,
+        }
+        if len(load):
+            violation = max_violation(load)
+            record["max_vio"] = violation.mean().item()
+            record["max_vio_per_layer"] = violation.tolist()
+            record["dead_experts"] = int((load == 0).sum())
+        self._restart()
+        return record
+
+    def pause(self) -> None:
+        """Leave out of the rates what has happened since the last step (evaluation, saving)."""
+        self._restart()
+
+    def totals(self) -> dict[str, float]:
+        """Mean rate since the start, pauses left out, and the most memory so far."""
+        return {
+            "tokens_per_second": self._tokens / max(self._seconds, 1e-9),
+            "memory_bytes": peak_memory(self._ranks.device),
+        }
+
+    def _restart(self) -> None:
+        self._since = time.perf_counter()
+        self._sequences = 0

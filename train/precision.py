@@ -1,0 +1,22 @@
+"""Numbers that the model computes in."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+
+class Dtype(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+    @property
+    def torch(self) -> torch.dtype:
+        return {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16}[self]
+
+
+@dataclass(slots=True, kw_only=True)
+class PrecisionConfig:
+    #: Weights and activations of the forward and backward pass. Master weights, moments and
+    #: accumulated gradients are fp32 in any case, and so are router, softmax and loss.
+    dtype: Dtype = Dtype.fp32

@@ -1,0 +1,40 @@
+"""Where a run stands: everything that a resumed run continues from besides tensors."""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    step: int = 0  # global batches consumed
+    samples: int = 0  # the data position: the next global sample to be read
+    targets: int = 0  # tokens that were predicted
+    skipped: int = 0  # steps whose gradients were not finite
+    skipped_in_a_row: int = 0
+
+    def advance(self, samples: int, targets: int, *, is_applied: bool) -> None:
+        """Note one global batch, consumed whether or not its update was applied."""
+        self.step += 1
+        self.samples += samples
+        self.targets += targets
+        self.skipped += not is_applied
+        self.skipped_in_a_row = 0 if is_applied else self.skipped_in_a_row + 1
+
+    @property
+    def updates(self) -> int:
+        """Updates applied, as AdamW's bias correction counts them."""
+        return self.step - self.skipped
+
+
+def refuse_divergence(progress: Progress, *, limit: int) -> None:
+    """Stop a run that only skips.
+
+    Raises:
+        FloatingPointError: `limit` steps in a row had gradients that were not finite.
+    """
+    if progress.skipped_in_a_row >= limit:
+        raise FloatingPointError(
+            f"the gradients of {progress.skipped_in_a_row} steps in a row were not finite, up to "
+            f"step {progress.step} (optimizer.max_skipped_steps={limit}); resume from an earlier "
+            "checkpoint with a lower schedule.peak_lr, or look at the data around sample "
+            f"{progress.samples}"
+        )

@@ -1,0 +1,89 @@
+"""One optimizer step: a global batch in, new weights and the step's numbers out."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from data.batches import Batch
+from model.balance import step_bias
+from model.config import ModelConfig
+from model.transformer import Sums
+from train.engine import Engine
+from train.ranks import Ranks
+
+
+class Denominators(NamedTuple):
+    """What the sums of all ranks and micro-batches of a step are divided by."""
+
+    targets: int
+    mtp_targets: list[int]  # of each depth
+    sequences: int
+
+
+class StepReport(NamedTuple):
+    """A step's numbers over all ranks. Tensors stay on the device: reading them waits for it."""
+
+    losses: Float64[Tensor, " 2+M"]  # main and balance loss, then each MTP depth's: means
+    load: Int64[Tensor, "L E"]  # choices per MoE layer and expert
+    grad_norm: float
+    is_applied: bool
+
+
+def count_denominators(batches: list[Batch], config: ModelConfig, ranks: Ranks) -> Denominators:
+    """The step's denominators: counts on the host, added over ranks there."""
+    depths = range(config.mtp.depth + 1)
+    targets = [sum(batch.num_targets(depth) for batch in batches) for depth in depths]
+    sequences = sum(len(batch.tokens) for batch in batches)
+    *targets, sequences = ranks.sum([*targets, sequences])
+    return Denominators(targets[0], targets[1:], sequences)
+
+
+def objective(sums: Sums, over: Denominators, config: ModelConfig) -> Tensor:
+    """This micro-batch's share of the loss: the shares of a step add up to it.
+
+    L = L_main + w * mean over depths of L_MTP + alpha * L_balance (arXiv:2412.19437, 2.1.2, 2.2):
+    each a mean over the global batch, so that neither ranks nor accumulation enter.
+    """
+    loss = sums.loss / max(over.targets, 1)
+    for nats, targets in zip(sums.mtp_loss, over.mtp_targets, strict=True):
+        loss = loss + config.mtp.loss_weight / config.mtp.depth * nats / max(targets, 1)
+    return loss + config.moe.balance_loss_weight * sums.balance_loss / over.sequences
+
+
+def update(
+    engine: Engine, batches: list[Batch], over: Denominators, *, config: ModelConfig, lr: float
+) -> StepReport:
+    """Forward and backward over this rank's micro-batches, then one step of all ranks.
+
+    The routers' biases move after an applied step, by exact counts over the global batch.
+    """
+    engine.model.train()
+    totals = torch.zeros(2 + config.mtp.depth, dtype=torch.float64, device=engine.ranks.device)
+    load: Tensor | None = None
+    for i, batch in enumerate(batches):
+        sums = engine.forward(batch)
+        engine.backward(objective(sums, over, config), is_last=i == len(batches) - 1)
+        parts = torch.cat((sums.loss[None], sums.balance_loss[None], sums.mtp_loss))
+        totals += parts.detach().double()
+        load = sums.load if load is None else load + sums.load
+    assert load is not None, "a global batch has at least one micro-batch per rank"
+    dist.all_reduce(load)
+    dist.all_reduce(totals)
+    result = engine.step(lr)
+    if result.is_applied:
+        move_biases(engine, load, speed=config.moe.router.bias_update_speed)
+    denominators = [over.targets, over.sequences, *over.mtp_targets]
+    means = totals / totals.new_tensor([max(value, 1) for value in denominators])
+    return StepReport(means, load, result.grad_norm, result.is_applied)
+
+
+def move_biases(engine: Engine, load: Int64[Tensor, "L E"], *, speed: float) -> None:
+    """Every MoE layer's bias against its load; frozen where the router has none or speed is 0."""
+    if speed == 0.0:
+        return
+    for router, layer_load in zip(engine.model.routers(), load, strict=True):
+        if router.config.bias:
+            step_bias(router.bias, layer_load, speed=speed)
