@@ -11,11 +11,10 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data.config import DATA_KINDS, DataConfig
-from data.config import check as check_data
+from data.config import DATA_KINDS, DataConfig, check_data
 from model.config import ModelConfig, check_model
 from train.checkpoint import CheckpointConfig, check_checkpoint
-from train.evaluate import EvaluationConfig, check_evaluation
+from train.evaluation import EvaluationConfig, check_evaluation
 from train.journal import LoggingConfig, check_logging
 from train.optimizer import OptimizerConfig, check_optimizer
 from train.parallel import ParallelConfig, check_parallel

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,14 @@ import torch
 from omegaconf import OmegaConf
 
 from data.batches import Batches
-from data.config import find_folder
+from data.config import Verify, find_folder
 from data.manifest import Split, read_manifest
 from data.samples import open_samples
 from model.cost import count_parameters
 from train.checkpoint import Checkpoints, OnError, SaveError, check_coverage, load
 from train.config import RunConfig
 from train.engine import Engine
-from train.evaluate import Evaluation, evaluate
+from train.evaluation import Evaluation, evaluate
 from train.journal import Journal, open_journal
 from train.manifest import Fragment, Manifest
 from train.meters import Meters
@@ -43,18 +43,15 @@ class Run:
         self.run_dir = Path(config.run_dir)
         self.corpus = find_folder(config.data)
         self.tokenizer = read_manifest(self.corpus).tokenizer
-        if self.tokenizer.vocab_size > config.model.vocab_size:
+        if self.tokenizer.size > config.model.vocab_size:
             raise ValueError(
                 f"model.vocab_size={config.model.vocab_size} is smaller than the "
-                f"{self.tokenizer.vocab_size} entries of the tokenizer in {self.corpus}; "
+                f"{self.tokenizer.size} entries of the tokenizer in {self.corpus}; "
                 "choose at least that many"
             )
-        samples = {
-            split: open_samples(
-                config.data, split, seed=config.seed, verify=ranks.is_first
-            )
-            for split in Split
-        }
+        # The first rank reads the whole corpus to check it; the others trust its word.
+        data = config.data if ranks.is_first else replace(config.data, verify=Verify.fast)
+        samples = {split: open_samples(data, split, seed=config.seed) for split in Split}
         self.validation = samples[Split.validation]
         self.batches = Batches(
             samples[Split.train],

@@ -1,0 +1,130 @@
+"""Which rank reads which samples, and the tensors that it gets.
+
+A global batch is a range of samples. Its micro-batch m on rank r, of size b among W ranks, holds
+the samples first + (m*W + r)*b + i for i in range(b): together the ranks read the range in order,
+so the data position of a run is one integer whatever W and b are.
+
+B = micro_batch_size, S = seq_len.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from data.samples import IGNORED, Sample, Samples
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one rank, on the CPU."""
+
+    tokens: Int64[Tensor, "B S"]
+    targets: Int64[Tensor, "B S"]  # the next token, or IGNORED
+    positions: Int64[Tensor, "B S"]
+    is_real: Bool[Tensor, "B S"]  # False at padding
+    document_lengths: list[int]  # attention segments in the order of [B*S]; none spans sequences
+
+    def num_targets(self, depth: int = 0) -> int:
+        """How many targets the prediction `depth` tokens further ahead has; 0 is the next token.
+
+        The target of depth k at place t is targets[t + k], and counts if that is still in the
+        sequence and nothing in targets[t : t + k + 1] is IGNORED: then all of it is one document.
+        """
+        if depth >= self.targets.shape[1]:
+            return 0
+        is_target = self.targets != IGNORED
+        return int(is_target.unfold(1, depth + 1, 1).all(-1).sum())
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """The samples as one batch."""
+    return Batch(
+        tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples])),
+        targets=torch.from_numpy(np.stack([sample.targets for sample in samples])),
+        positions=torch.from_numpy(np.stack([sample.positions for sample in samples])),
+        is_real=torch.from_numpy(np.stack([sample.is_real for sample in samples])),
+        document_lengths=[length for sample in samples for length in sample.document_lengths],
+    )
+
+
+class Batches:
+    """Reads this rank's share of global batches, the following one ahead in a thread."""
+
+    def __init__(self, samples: Samples, *, rank: int, world: int, micro_batch_size: int) -> None:
+        assert 0 <= rank < world
+        self._samples = samples
+        self._rank = rank
+        self._world = world
+        self._micro_batch_size = micro_batch_size
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: tuple[int, int, Future[list[Batch]]] | None = None  # first, count, batches
+
+    def take(self, first: int, count: int) -> list[Batch]:
+        """This rank's micro-batches of the global batch of samples [first, first + count).
+
+        The batch of the same size that follows is then read in the background; if another one
+        is asked for instead, it is read when it is.
+
+        Raises:
+            ValueError: `count` is not a multiple of world * micro_batch_size.
+        """
+        across = self._world * self._micro_batch_size
+        if count < 1 or count % across:
+            raise ValueError(
+                f"a global batch of {count} samples is not divisible by {self._world} ranks times "
+                f"micro_batch_size={self._micro_batch_size}; choose a multiple of {across}"
+            )
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[:2] == (first, count):
+            batches = ahead[2].result()
+        else:
+            batches = self._thread.submit(self._read, first, count).result()
+        following = first + count
+        self._ahead = following, count, self._thread.submit(self._read, following, count)
+        return batches
+
+    def close(self) -> None:
+        """Ends the thread, after what it is reading."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _read(self, first: int, count: int) -> list[Batch]:
+        size = self._micro_batch_size
+        starts = range(first + self._rank * size, first + count, self._world * size)
+        return [
+            collate([self._samples[index] for index in range(start, start + size)])
+            for start in starts
+        ]
+
+
+def validation_batches(
+    samples: Samples, *, rank: int, world: int, micro_batch_size: int, limit: int | None = None
+) -> Iterator[Batch]:
+    """This rank's share of the first `limit` samples (None: of one epoch), each once.
+
+    All ranks get equally many batches; what is missing from the last ones is padding.
+    """
+    num_samples = samples.num_samples if limit is None else min(limit, samples.num_samples)
+    for start in range(0, num_samples, world * micro_batch_size):
+        first = start + rank * micro_batch_size
+        yield collate(
+            [
+                samples[index] if index < num_samples else samples.padding()
+                for index in range(first, first + micro_batch_size)
+            ]
+        )

@@ -1,0 +1,142 @@
+"""What can be asked of a corpus: where its text comes from, how it is stored and how it is read.
+
+One class per kind of source; `kind` tells them apart in a resolved YAML file.
+"""
+
+import os
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from data.tokenizer import TokenizerConfig, check_tokenizer
+
+
+class Verify(StrEnum):
+    """How much of a corpus is read again before it is trusted."""
+
+    full = "full"  # sizes and sha256 of every file
+    fast = "fast"  # sizes only
+
+
+class Format(StrEnum):
+    """How documents lie in a file."""
+
+    auto = "auto"  # by the file's name
+    text = "text"  # one document per file
+    jsonl = "jsonl"  # one JSON object per line
+    parquet = "parquet"  # one document per row
+
+
+@dataclass(slots=True, kw_only=True)
+class DataConfig:
+    """What every kind of corpus has in common."""
+
+    #: Which kind of corpus this is: stdlib, files or hub.
+    kind: str
+    #: Folder that holds the prepared corpus: tokenizer, shards, manifest.
+    folder: str
+    #: The tokenizer: an existing file or how one is trained.
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    #: Tokens of one training sequence.
+    seq_len: int = 4096
+    #: Share of the documents held out for validation, chosen by the hash of their text.
+    validation_fraction: float = 0.02
+    #: UTF-8 bytes of text that go into one shard; a killed prepare loses at most its open shards.
+    shard_bytes: int = 64 * 2**20
+    #: Worker processes that tokenize; none given: one per core.
+    processes: int | None = None
+    #: No attention and no targets across documents.
+    mask_documents: bool = True
+    #: Positions count from 0 again in every document.
+    reset_positions: bool = True
+    #: What is checked before a prepared corpus is used: full (sha256) or fast (sizes).
+    verify: Verify = Verify.full
+
+
+@dataclass(slots=True, kw_only=True)
+class StdlibData(DataConfig):
+    """The source of the running Python's standard library: a corpus that every machine has."""
+
+    kind: str = "stdlib"
+    #: Read the library's own tests too (31 MB instead of 13 MB).
+    include_tests: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class FilesData(DataConfig):
+    """Local files, each perhaps compressed: .gz, .bz2, .xz or .zst."""
+
+    kind: str = "files"
+    #: Glob patterns (`**` for any depth); each must match at least one file.
+    paths: list[str]
+    #: Key or column that holds the text in jsonl and parquet files.
+    text_column: str = "text"
+    #: auto, text, jsonl or parquet.
+    format: Format = Format.auto
+
+
+@dataclass(slots=True, kw_only=True)
+class HubData(DataConfig):
+    """A data set by its name on the Hugging Face hub, or a folder that `datasets` can load."""
+
+    kind: str = "hub"
+    #: Name on the hub, such as `allenai/c4`, or a local folder.
+    name: str
+    #: Subset (also called configuration) of the data set.
+    subset: str | None = None
+    #: Split of the data set that is read.
+    split: str = "train"
+    #: Column that holds the text.
+    text_column: str = "text"
+    #: Commit, tag or branch; give a commit, or a change on the hub goes unnoticed.
+    revision: str | None = None
+    #: Read over the network while tokenizing instead of downloading everything first.
+    streaming: bool = False
+
+
+DATA_KINDS: dict[str, type[DataConfig]] = {
+    "stdlib": StdlibData,
+    "files": FilesData,
+    "hub": HubData,
+}
+
+
+def check_data(config: DataConfig) -> None:
+    """Raises ValueError, with key, value, rule and way out, where values do not fit together."""
+    if DATA_KINDS.get(config.kind) is not type(config):
+        raise ValueError(
+            f"data.kind={config.kind} does not belong to {type(config).__name__}; "
+            f"choose the kind with data=NAME, NAME one of {', '.join(DATA_KINDS)}"
+        )
+    if not config.folder:
+        raise ValueError("data.folder is empty; name the folder that will hold the corpus")
+    if config.seq_len < 1:
+        raise ValueError(f"data.seq_len={config.seq_len} must be at least 1; choose e.g. 4096")
+    if not 0 < config.validation_fraction < 1:
+        raise ValueError(
+            f"data.validation_fraction={config.validation_fraction} must lie in (0, 1); "
+            "choose e.g. 0.02"
+        )
+    if config.shard_bytes < 1:
+        raise ValueError(
+            f"data.shard_bytes={config.shard_bytes} must be positive; choose e.g. 67108864"
+        )
+    if config.processes is not None and config.processes < 1:
+        raise ValueError(
+            f"data.processes={config.processes} must be positive; choose null for one per core"
+        )
+    if isinstance(config, FilesData) and not config.paths:
+        raise ValueError("data.paths is empty; give glob patterns, e.g. data.paths=['text/*.txt']")
+    if isinstance(config, HubData) and not config.name:
+        raise ValueError("data.name is empty; give a data set's name or a local folder")
+    check_tokenizer(config.tokenizer)
+
+
+def count_workers(config: DataConfig) -> int:
+    """The number of worker processes: as configured, or one per core this process may use."""
+    return config.processes or len(os.sched_getaffinity(0))
+
+
+def find_folder(config: DataConfig) -> Path:
+    """The corpus folder, `~` expanded."""
+    return Path(config.folder).expanduser()

@@ -1,0 +1,177 @@
+"""The manifest of a prepared corpus: its tokenizer, shards and totals, each with its hash.
+
+`manifest.json` is written last: a folder with a manifest is complete. It ends with the sha256 of
+its own content.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from data.atomic_file import hash_file, read_json, write_json
+from data.config import Verify
+
+FILE = "manifest.json"
+VERSION = 1
+
+
+class Split(StrEnum):
+    """The two parts of a corpus; a document is in exactly one."""
+
+    train = "train"
+    validation = "validation"
+
+
+@dataclass(slots=True, frozen=True)
+class FileRecord:
+    """A file of the corpus folder as it was when it was finished."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(slots=True, frozen=True)
+class ShardRecord:
+    """One shard; `text_bytes` is the UTF-8 size of its documents before tokenization."""
+
+    name: str
+    documents: int
+    tokens: int
+    text_bytes: int
+    bin: FileRecord
+    idx: FileRecord
+
+
+@dataclass(slots=True, frozen=True)
+class TokenizerRecord:
+    """What a reader of the corpus needs to know of its tokenizer without loading it."""
+
+    file: FileRecord
+    size: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the tokenizer's file."""
+        return self.file.sha256
+
+
+@dataclass(slots=True, frozen=True)
+class SplitRecord:
+    """One split: its shards in order, their sums and how often each token id occurs."""
+
+    documents: int
+    tokens: int
+    text_bytes: int
+    unigram: FileRecord
+    shards: list[ShardRecord]
+
+
+@dataclass(slots=True, frozen=True)
+class Manifest:
+    """All that is known of a prepared corpus."""
+
+    tokenizer: TokenizerRecord
+    train: SplitRecord
+    validation: SplitRecord
+    empty_documents: int
+    origin: FileRecord
+
+    def split(self, split: Split) -> SplitRecord:
+        """The record of one split."""
+        return self.train if split is Split.train else self.validation
+
+
+def record_file(path: Path) -> FileRecord:
+    """The record of a finished file."""
+    return FileRecord(path.name, path.stat().st_size, hash_file(path))
+
+
+def read_shard_record(content: dict[str, Any]) -> ShardRecord:
+    """The record in its JSON form."""
+    files = {kind: FileRecord(**content[kind]) for kind in ("bin", "idx")}
+    return ShardRecord(**content | files)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Declares the corpus in `folder` complete."""
+    content = {"version": VERSION, **asdict(manifest)}
+    write_json(folder / FILE, {**content, "sha256": _hash(content)})
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the corpus in `folder`.
+
+    Raises:
+        ValueError: No finished corpus there, another version, or a corrupted manifest.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise ValueError(
+            f"data.folder={folder} holds no finished corpus (no {FILE}); "
+            "run prepare with the same data settings first"
+        )
+    content = read_json(path)
+    if content.get("version") != VERSION:
+        raise ValueError(
+            f"{path} has version {content.get('version')}, this program reads {VERSION}; "
+            "prepare the corpus again in another data.folder"
+        )
+    if content.pop("sha256", None) != _hash(content):
+        raise ValueError(
+            f"{path} is corrupted: its content does not match its sha256; "
+            "restore it, or delete the folder and prepare again"
+        )
+    tokenizer = content["tokenizer"] | {"file": FileRecord(**content["tokenizer"]["file"])}
+    return Manifest(
+        tokenizer=TokenizerRecord(**tokenizer),
+        train=_read_split(content["train"]),
+        validation=_read_split(content["validation"]),
+        empty_documents=content["empty_documents"],
+        origin=FileRecord(**content["origin"]),
+    )
+
+
+def verify_corpus(folder: Path, manifest: Manifest, *, verify: Verify) -> None:
+    """Compares the folder's files with the manifest: sizes, and with `full` also hashes.
+
+    Raises:
+        ValueError: A file is missing, cut short or corrupted; it is named.
+    """
+    splits = (manifest.train, manifest.validation)
+    shards = [shard for split in splits for shard in split.shards]
+    files = [manifest.tokenizer.file, *(split.unigram for split in splits)]
+    for record in [*files, *(file for shard in shards for file in (shard.bin, shard.idx))]:
+        fault = _find_fault(folder / record.name, record, verify)
+        if fault is not None:
+            raise ValueError(
+                f"{folder / record.name} {fault}; "
+                "restore the file, or delete the folder and prepare again"
+            )
+
+
+def _find_fault(path: Path, record: FileRecord, verify: Verify) -> str | None:
+    if not path.is_file():
+        return f"is missing, {FILE} lists it"
+    size = path.stat().st_size
+    if size != record.num_bytes:
+        return f"has {size} bytes, {FILE} says {record.num_bytes}: it is not the file prepared"
+    if verify is Verify.full and hash_file(path) != record.sha256:
+        return f"does not match its sha256 in {FILE}: it is corrupted or of another corpus"
+    return None
+
+
+def _read_split(content: dict[str, Any]) -> SplitRecord:
+    shards = [read_shard_record(shard) for shard in content["shards"]]
+    unigram = FileRecord(**content["unigram"])
+    return SplitRecord(**content | {"unigram": unigram, "shards": shards})
+
+
+def _hash(content: dict[str, Any]) -> str:
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,160 @@
+"""Token shards in Megatron-Core's format: `NAME.bin` holds the tokens, `NAME.idx` where they lie.
+
+The index, little-endian without padding (megatron/core/datasets/indexed_dataset.py):
+
+    magic "MMIDIDX\\0\\0", version u64 = 1, dtype code u8, sequences N u64, documents + 1 D u64,
+    sequence lengths i32[N], byte offsets of the sequences i64[N], first sequence of each
+    document i64[D], the last of them N.
+
+We write each document as one sequence, bos first and eos last.
+"""
+
+import struct
+from bisect import bisect_left
+from collections.abc import Iterable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from data.atomic_file import write_aside
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES: dict[int, np.dtype[Any]] = {
+    1: np.dtype("<u1"),
+    2: np.dtype("<i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    8: np.dtype("<u2"),
+}
+UINT16, INT32 = 8, 4
+
+
+class ShardSummary(NamedTuple):
+    """What a finished shard holds, and how its files are recognised."""
+
+    documents: int
+    tokens: int
+    bin_bytes: int
+    bin_sha256: str
+    idx_bytes: int
+    idx_sha256: str
+
+
+def choose_dtype(vocab_size: int) -> int:
+    """The code of the smallest type for ids, with the bound that Megatron uses."""
+    return UINT16 if vocab_size < 65500 else INT32
+
+
+def bin_path(prefix: Path) -> Path:
+    """The file that holds the tokens."""
+    return prefix.with_name(prefix.name + ".bin")
+
+
+def idx_path(prefix: Path) -> Path:
+    """The file that holds the index."""
+    return prefix.with_name(prefix.name + ".idx")
+
+
+def write_shard(prefix: Path, documents: Iterable[list[int]], *, vocab_size: int) -> ShardSummary:
+    """Streams documents of token ids to `prefix`.bin and .idx, each complete or absent.
+
+    The index is renamed last, so a shard with an index is whole.
+    """
+    code = choose_dtype(vocab_size)
+    dtype = DTYPES[code]
+    lengths = []
+    digest = sha256()
+    with write_aside(bin_path(prefix)) as file:
+        for ids in documents:
+            encoded = np.asarray(ids, dtype).tobytes()
+            lengths.append(len(ids))
+            digest.update(encoded)
+            file.write(encoded)
+    index = _build_index(np.asarray(lengths, "<i4"), code)
+    with write_aside(idx_path(prefix)) as file:
+        file.write(index)
+    tokens = sum(lengths)
+    return ShardSummary(
+        documents=len(lengths),
+        tokens=tokens,
+        bin_bytes=tokens * dtype.itemsize,
+        bin_sha256=digest.hexdigest(),
+        idx_bytes=len(index),
+        idx_sha256=sha256(index).hexdigest(),
+    )
+
+
+def _build_index(lengths: npt.NDArray[np.int32], code: int) -> bytes:
+    num_documents = len(lengths)
+    ends = np.cumsum(lengths, dtype="<i8") * DTYPES[code].itemsize
+    offsets = np.concatenate([np.zeros(1, "<i8"), ends])[:-1]
+    documents = np.arange(num_documents + 1, dtype="<i8")
+    header = HEADER.pack(MAGIC, 1, code, num_documents, num_documents + 1)
+    return header + lengths.tobytes() + offsets.astype("<i8").tobytes() + documents.tobytes()
+
+
+class Shard:
+    """A memory-mapped shard; opening it costs the same whatever its size.
+
+    Raises:
+        ValueError: The files are no Megatron shard or do not fit together.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        index_path, tokens_path = idx_path(prefix), bin_path(prefix)
+        with open(index_path, "rb") as file:
+            header = file.read(HEADER.size)
+        if len(header) < HEADER.size or header[: len(MAGIC)] != MAGIC:
+            raise ValueError(f"{index_path} is not a Megatron index: its first bytes are wrong")
+        _, version, code, num_sequences, num_borders = HEADER.unpack(header)
+        if version != 1 or code not in DTYPES:
+            raise ValueError(
+                f"{index_path} has version {version} and type code {code}; "
+                f"version 1 and one of {', '.join(map(str, DTYPES))} can be read"
+            )
+        size = index_path.stat().st_size
+        if size < HEADER.size + 12 * num_sequences + 8 * num_borders:
+            raise ValueError(f"{index_path} is cut short: {size} bytes for {num_sequences} items")
+        index = np.memmap(index_path, np.uint8, mode="r")
+        offsets_at = HEADER.size + 4 * num_sequences
+        borders_at = offsets_at + 8 * num_sequences
+        # Megatron does not align these, so whole-array operations would copy them: use single
+        # items only.
+        self._offsets = index[offsets_at:borders_at].view("<i8")
+        self._borders = index[borders_at : borders_at + 8 * num_borders].view("<i8")
+        self._num_sequences = num_sequences
+        self.num_documents: int = max(num_borders - 1, 0)
+        self.tokens: npt.NDArray[np.integer[Any]] = np.memmap(tokens_path, DTYPES[code], mode="r")
+        """All tokens of the shard, [num_tokens]."""
+        last = index[offsets_at - 4 : offsets_at].view("<i4")
+        expected = int(self._offsets[-1]) // DTYPES[code].itemsize + int(last[0])
+        if len(self.tokens) != expected:
+            raise ValueError(
+                f"{tokens_path} holds {len(self.tokens)} tokens, its index says {expected}"
+            )
+
+    def document_start(self, document: int) -> int:
+        """The place of the document's first token in `tokens`."""
+        sequence = int(self._borders[document])
+        if sequence == self._num_sequences:
+            return len(self.tokens)
+        return int(self._offsets[sequence]) // self.tokens.itemsize
+
+    def document_starts(self, start: int, stop: int) -> list[int]:
+        """Places in [start, stop) where a document begins, by binary search in the index."""
+        documents = range(self.num_documents)
+        document = bisect_left(documents, start, key=self.document_start)
+        starts: list[int] = []
+        while document < self.num_documents:
+            place = self.document_start(document)
+            if place >= stop:
+                break
+            if not starts or starts[-1] != place:  # other tools may store empty documents
+                starts.append(place)
+            document += 1
+        return starts

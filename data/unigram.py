@@ -1,0 +1,44 @@
+"""How well token frequencies alone predict text: the loss that a model has to beat."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from data.manifest import Split, read_manifest
+from data.shards import Shard
+
+COUNTED_AT_ONCE = 2**24  # tokens
+
+Counts = npt.NDArray[np.int64]
+
+
+def count_tokens(shards: Iterable[Path], *, vocab_size: int) -> Counts:
+    """How often each id occurs in the shards, [vocab_size]."""
+    counts = np.zeros(vocab_size, np.int64)
+    for prefix in shards:
+        tokens = Shard(prefix).tokens
+        for start in range(0, len(tokens), COUNTED_AT_ONCE):
+            piece = tokens[start : start + COUNTED_AT_ONCE]
+            counts += np.bincount(piece, minlength=vocab_size)
+    return counts
+
+
+def read_unigram(folder: Path, split: Split) -> Counts:
+    """The counts that `prepare` kept for one split, [vocab_size]."""
+    counts: Counts = np.load(folder / read_manifest(folder).split(split).unigram.name)
+    return counts
+
+
+def unigram_cross_entropy(train_counts: Counts, validation_counts: Counts) -> float:
+    """Nats per validation token under the training split's frequencies, each count plus one.
+
+    Adding one keeps a token that training never saw from costing infinity. For a bound on a
+    model's loss, count as validation tokens the targets that the model is judged by.
+    """
+    assert train_counts.shape == validation_counts.shape
+    assert validation_counts.sum() > 0
+    smoothed = train_counts.astype(np.float64) + 1
+    log_probs = np.log(smoothed) - np.log(smoothed.sum())
+    return float(-(validation_counts * log_probs).sum() / validation_counts.sum())

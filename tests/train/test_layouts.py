@@ -1,0 +1,136 @@
+"""Any layout trains the same model: losses, weights, moments, counts and bias."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ranks import run_ranks
+from tests.train.tiny import random_batches, tiny_run
+from train.config import RunConfig, check_run
+from train.engine import Engine, join
+from train.parallel import ParallelConfig, Recompute
+from train.precision import Dtype, PrecisionConfig
+from train.ranks import Ranks
+from train.update import count_denominators, update
+
+STEPS = 3
+
+
+class Trained(NamedTuple):
+    losses: Tensor  # [STEPS, 3]
+    norms: Tensor  # [STEPS]
+    loads: Tensor  # [STEPS, L, E]
+    state: dict[str, Tensor]  # logical tensors, flattened
+
+
+def train_steps(config: RunConfig) -> Trained:
+    """Three steps from the same start on the same global batches, on the ranks of this group."""
+    ranks = join(config.parallel, timeout_minutes=1)
+    engine = Engine(config, ranks)
+    losses, norms, loads = [], [], []
+    for step in range(STEPS):
+        batches = random_batches(
+            step,
+            rank=ranks.rank,
+            num_ranks=ranks.count,
+            micro_batch_size=config.parallel.micro_batch_size,
+        )
+        over = count_denominators(batches, config.model, ranks)
+        report = update(engine, batches, over, config=config.model, lr=1e-4)
+        assert report.is_applied
+        losses.append(report.losses)
+        norms.append(report.grad_norm)
+        loads.append(report.load)
+    state = gather_state(engine, ranks)
+    return Trained(torch.stack(losses), torch.tensor(norms), torch.stack(loads), state)
+
+
+def gather_state(engine: Engine, ranks: Ranks) -> dict[str, Tensor]:
+    """Every logical tensor put together from its owners' fragments."""
+    owned = [(part.name, part.start, part.data.detach().clone()) for part in engine.fragments()]
+    parts: dict[str, list[tuple[int, Tensor]]] = {}
+    for share in ranks.gather(owned):
+        for name, start, data in share:
+            parts.setdefault(name, []).append((start, data))
+    return {
+        name: torch.cat([data for _, data in sorted(runs, key=lambda run: run[0])])
+        for name, runs in parts.items()
+    }
+
+
+def run(folder: Path, num_ranks: int, *, accumulation: int = 1, **layout: Any) -> Trained:
+    dtype = layout.pop("dtype", Dtype.fp32)
+    parallel = ParallelConfig(micro_batch_size=8 // num_ranks // accumulation, **layout)
+    config = tiny_run(folder, parallel=parallel, precision=PrecisionConfig(dtype=dtype))
+    check_run(config, num_ranks=num_ranks)
+    return run_ranks(num_ranks, lambda: train_steps(config))[0]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """One rank, one micro-batch, nothing recomputed."""
+    return run(tmp_path_factory.mktemp("reference"), 1)
+
+
+LAYOUTS = [
+    (1, {"accumulation": 4}),
+    (1, {"accumulation": 4, "recompute": Recompute.full}),
+    (2, {}),
+    (2, {"accumulation": 4, "recompute": Recompute.full}),
+    (2, {"expert": 2}),
+    (2, {"expert": 2, "recompute": Recompute.full}),
+    (2, {"expert": 2, "accumulation": 4}),
+    (2, {"expert": 2, "accumulation": 4, "recompute": Recompute.full}),
+    (2, {"expert": 2, "accumulation": 2, "zero_stage": 2}),
+    (4, {"expert": 2}),
+    (4, {"expert": 4, "accumulation": 2}),
+    (4, {"expert": 2, "zero_stage": 2, "recompute": Recompute.full}),
+]
+
+
+@pytest.mark.parametrize(("num_ranks", "layout"), LAYOUTS)
+def test_every_layout_equals_one_rank(
+    tmp_path: Path, reference: Trained, num_ranks: int, layout: dict[str, Any]
+) -> None:
+    got = run(tmp_path, num_ranks, **layout)
+    torch.testing.assert_close(got.losses, reference.losses, rtol=1e-5, atol=0)
+    torch.testing.assert_close(got.norms, reference.norms, rtol=1e-5, atol=0)
+    assert torch.equal(got.loads, reference.loads)
+    assert got.state.keys() == reference.state.keys()
+    for name, expected in reference.state.items():
+        if name.startswith("buffer/"):
+            assert torch.equal(got.state[name], expected), name
+        else:
+            error = (got.state[name] - expected).abs().max() / expected.abs().max()
+            assert error <= 1e-5, f"{name} differs by {error:.1e}"
+
+
+def test_load_counts_every_real_choice_of_every_layer_once(reference: Trained) -> None:
+    real = 8 * 16 - 6
+    mtp = real - 8  # the last place of each sequence, or its last token before padding
+    assert reference.loads.sum(-1).tolist() == [[2 * real, 2 * real, 2 * mtp]] * STEPS
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_bf16_stays_near_fp32_and_keeps_fp32_masters_and_bias(
+    tmp_path: Path, reference: Trained, zero_stage: int
+) -> None:
+    got = run(tmp_path, 2, expert=2, accumulation=2, zero_stage=zero_stage, dtype=Dtype.bf16)
+    torch.testing.assert_close(got.losses, reference.losses, rtol=2e-2, atol=0)
+    assert all(tensor.dtype == torch.float32 for tensor in got.state.values())
+    name = "weight/layers.1.ffn.experts.gate"
+    rounded = got.state[name].bfloat16().float()
+    assert not torch.equal(rounded, got.state[name]), "the masters were rounded"
+    assert (got.state[name] - reference.state[name]).abs().max() < 1e-2
+
+
+def test_clipping_scales_every_gradient_by_the_norm_over_all_experts(tmp_path: Path) -> None:
+    """SGD-like check through AdamW's first moment: m = (1 - beta1) * clipped gradient."""
+    one = run(tmp_path, 1)
+    spread = run(tmp_path, 2, expert=2)
+    name = "exp_avg/layers.1.ffn.experts.down"
+    torch.testing.assert_close(spread.state[name], one.state[name], rtol=1e-4, atol=1e-9)
+    assert one.norms[0] > 1.0, "the default clip norm of 1 was active"

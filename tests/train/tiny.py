@@ -1,0 +1,98 @@
+"""A run small enough for a test: model, config, and batches out of a seeded generator."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.batches import Batch
+from data.config import FilesData
+from data.samples import IGNORED
+from data.tokenizer import TokenizerConfig
+from model.config import ModelConfig, MTPConfig
+from model.mla import MLAConfig
+from model.moe import MoEConfig
+from model.router import RouterConfig
+from train.checkpoint import CheckpointConfig
+from train.config import RunConfig
+from train.evaluation import EvaluationConfig
+from train.journal import LoggingConfig
+from train.parallel import ParallelConfig
+from train.schedule import ConstantSchedule
+
+SEQ_LEN = 16
+
+
+def tiny_model(**changes: Any) -> ModelConfig:
+    """Three layers, one of them dense, eight experts, one depth of MTP."""
+    values: dict[str, Any] = {
+        "vocab_size": 320,
+        "dim": 32,
+        "num_layers": 3,
+        "ffn_dim": 48,
+        "init_std": 0.05,
+        "attention": MLAConfig(
+            num_heads=2,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            nope_head_dim=8,
+            rope_head_dim=4,
+            v_head_dim=8,
+        ),
+        "moe": MoEConfig(
+            num_experts=8,
+            top_k=2,
+            expert_dim=16,
+            balance_loss_weight=0.01,
+            router=RouterConfig(bias_update_speed=0.01),
+        ),
+        "mtp": MTPConfig(depth=1),
+    }
+    return ModelConfig(**values | changes)
+
+
+def tiny_run(folder: Path, **changes: Any) -> RunConfig:
+    """A run over the tests' own source, eight sequences a step, logged at each step."""
+    values: dict[str, Any] = {
+        "run_dir": str(folder / "run"),
+        "model": tiny_model(),
+        "data": FilesData(
+            folder=str(folder / "corpus"),
+            paths=[str(Path(__file__).parent / "*.py")],
+            validation_fraction=0.3,
+            seq_len=SEQ_LEN,
+            tokenizer=TokenizerConfig(vocab_size=320),
+            processes=1,
+        ),
+        "schedule": ConstantSchedule(steps=6, batch_size=8, peak_lr=1e-2),
+        "parallel": ParallelConfig(micro_batch_size=4),
+        "checkpoint": CheckpointConfig(every=2, keep=10),
+        "evaluation": EvaluationConfig(every=6, max_sequences=8),
+        "logging": LoggingConfig(every=1),
+    }
+    return RunConfig(**values | changes)
+
+
+def random_batches(
+    step: int, *, rank: int, num_ranks: int, micro_batch_size: int, batch_size: int = 8
+) -> list[Batch]:
+    """One rank's share of a global batch that depends on the step alone, with gaps and padding."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, 320, (batch_size, SEQ_LEN + 1), generator=generator)
+    targets = tokens[:, 1:].clone()
+    targets[:3, 5] = IGNORED  # borders of documents
+    is_real = torch.ones_like(targets, dtype=torch.bool)
+    is_real[-1, 10:] = False  # padding, in the last rank's last micro-batch
+    targets[~is_real] = IGNORED
+    positions = torch.arange(SEQ_LEN).expand_as(targets)
+    mine = range(rank * micro_batch_size, batch_size, num_ranks * micro_batch_size)
+    return [
+        Batch(
+            tokens[i : i + micro_batch_size, :-1],
+            targets[i : i + micro_batch_size],
+            positions[i : i + micro_batch_size],
+            is_real[i : i + micro_batch_size],
+            [SEQ_LEN] * micro_batch_size,
+        )
+        for i in range(mine.start, mine.stop, mine.step)
+    ]

@@ -1,0 +1,100 @@
+"""How well a model predicts held-out text."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from data.batches import Batch, validation_batches
+from data.manifest import Split, read_manifest
+from data.samples import IGNORED, Samples
+from data.unigram import read_unigram, unigram_cross_entropy
+from model.transformer import Sums
+from train.ranks import Ranks
+
+
+@dataclass(slots=True, kw_only=True)
+class EvaluationConfig:
+    #: Steps between evaluations during training; there is always one at the end.
+    every: int = 1000
+    #: Validation sequences read at each; null reads the whole split.
+    max_sequences: int | None = None
+
+
+def check_evaluation(config: EvaluationConfig) -> None:
+    """Refuse, with a ValueError, an evaluation of nothing."""
+    if config.every < 1:
+        raise ValueError(f"evaluation.every={config.every} must be at least 1")
+    if config.max_sequences is not None and config.max_sequences < 1:
+        raise ValueError(
+            f"evaluation.max_sequences={config.max_sequences} must be at least 1, or null for all"
+        )
+
+
+class Evaluation(NamedTuple):
+    """Losses are in nats per predicted token."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float  # of the text's UTF-8 bytes
+    targets: int
+    unigram_entropy: float  # the same targets under the training split's token frequencies
+
+
+class Measured(NamedTuple):
+    """What a share of the batches adds up to."""
+
+    nats: float
+    target_counts: npt.NDArray[np.int64]  # how often each token was a target [V]
+
+
+def evaluate(
+    forward: Callable[[Batch], Sums],
+    samples: Samples,
+    *,
+    corpus: Path,
+    ranks: Ranks,
+    micro_batch_size: int,
+    max_sequences: int | None,
+) -> Evaluation:
+    """The evaluation over all ranks' shares of the validation split; the same on every rank."""
+    batches = validation_batches(
+        samples,
+        rank=ranks.rank,
+        world=ranks.count,
+        micro_batch_size=micro_batch_size,
+        limit=max_sequences,
+    )
+    train_counts = read_unigram(corpus, Split.train)
+    shares = ranks.gather(_measure(forward, batches, vocab_size=len(train_counts)))
+    measured = Measured(*map(sum, zip(*shares, strict=True)))
+    targets = int(measured.target_counts.sum())
+    loss = measured.nats / targets
+    record = read_manifest(corpus).validation
+    # Every token of a document but its first (bos) is predicted.
+    predicted_per_byte = (record.tokens - record.documents) / record.text_bytes
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        bits_per_byte=loss / math.log(2) * predicted_per_byte,
+        targets=targets,
+        unigram_entropy=unigram_cross_entropy(train_counts, measured.target_counts),
+    )
+
+
+@torch.no_grad()
+def _measure(
+    forward: Callable[[Batch], Sums], batches: Iterable[Batch], *, vocab_size: int
+) -> Measured:
+    nats = torch.zeros((), dtype=torch.float64)
+    counts = np.zeros(vocab_size, np.int64)
+    for batch in batches:
+        nats = nats + forward(batch).loss.double().to(nats.device, non_blocking=True)
+        kept = batch.targets[batch.targets != IGNORED]
+        counts += np.bincount(kept.numpy(), minlength=vocab_size)
+    return Measured(float(nats), counts)

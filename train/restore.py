@@ -1,0 +1,69 @@
+"""A trained model out of a run's folder, on one device, without DeepSpeed."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from data.prepare import tokenizer_path
+from data.tokenizer import Tokenizer, load_tokenizer
+from model.transformer import Transformer
+from train.checkpoint import Checkpoints, load
+from train.config import CONFIG_FILE, RunConfig, read_config
+from train.manifest import Fragment, Manifest, read_manifest
+from train.ranks import Ranks
+
+
+class Restored(NamedTuple):
+    model: Transformer
+    tokenizer: Tokenizer
+    config: RunConfig
+    step: int
+
+
+def restore(run_dir: Path, *, ranks: Ranks, step: int | None = None) -> Restored:
+    """The model of a run's checkpoint (the newest that is whole, unless `step` names one).
+
+    Raises:
+        ValueError: There is no run, no such checkpoint, or it does not fit the run's config.
+    """
+    config = read_config(run_dir / CONFIG_FILE, RunConfig)
+    checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep)
+    manifest = _choose(checkpoints, ranks=ranks, step=step)
+    tokenizer = load_tokenizer(tokenizer_path(config.data))
+    if tokenizer.fingerprint != manifest.tokenizer:
+        raise ValueError(
+            f"the tokenizer in {tokenizer_path(config.data)} is not the one that the checkpoint "
+            f"of step {manifest.step} was trained with; prepare the run's corpus again"
+        )
+    model = Transformer(config.model)
+    load(checkpoints.path(manifest.step), manifest, weight_fragments(model))
+    model.to(device=ranks.device, dtype=config.precision.dtype.torch)
+    return Restored(model.eval(), tokenizer, config, manifest.step)
+
+
+def weight_fragments(model: nn.Module) -> list[Fragment]:
+    """All of a whole model's weights and buffers as fragments to be filled."""
+    weights = [
+        Fragment(f"weight/{name}", tuple(parameter.shape), 0, parameter.detach().view(-1))
+        for name, parameter in model.named_parameters()
+    ]
+    buffers = [
+        Fragment(f"buffer/{name}", tuple(buffer.shape), 0, buffer.view(-1))
+        for name, buffer in model.named_buffers()
+    ]
+    return weights + buffers
+
+
+def _choose(checkpoints: Checkpoints, *, ranks: Ranks, step: int | None) -> Manifest:
+    if step is not None:
+        if step not in checkpoints.steps():
+            raise ValueError(
+                f"step={step} has no checkpoint in {checkpoints.folder}; "
+                f"choose one of {checkpoints.steps()}"
+            )
+        return read_manifest(checkpoints.path(step))
+    manifest = checkpoints.find_newest(ranks)
+    if manifest is None:
+        raise ValueError(f"{checkpoints.folder} has no checkpoint yet; train the run first")
+    return manifest
