@@ -139,7 +139,8 @@ class Engine:
                 continue  # no element of this parameter is in this rank's partition
             shape, start = self._logical_place(name, parameter)
             start += mapping.lp_fragment_address.start
-            yield Fragment(f"weight/{name}", shape, start, mapping.get_hp_fragment())
+            master = mapping.get_hp_fragment().detach()
+            yield Fragment(f"weight/{name}", shape, start, master)
             for moment in MOMENTS:
                 yield Fragment(f"{moment}/{name}", shape, start, mapping.get_hp_fragment(moment))
         if self.ranks.is_first:
@@ -199,8 +200,8 @@ class Engine:
                 std=config.model.init_std,
                 first_expert=self._first_experts.get(name),
             )
-            start, master = mapping.lp_fragment_address.start, mapping.get_hp_fragment()
-            master.data.copy_(value.flatten()[start : start + master.numel()])
+            start, master = mapping.lp_fragment_address.start, mapping.get_hp_fragment().detach()
+            master.copy_(value.flatten()[start : start + master.numel()])
 
 
 class _RegisteredMoE(MoE, AutoEPMoELayer):

@@ -26,7 +26,7 @@ SEQ_LEN = 16
 def tiny_model(**changes: Any) -> ModelConfig:
     """Three layers, one of them dense, eight experts, one depth of MTP."""
     values: dict[str, Any] = {
-        "vocab_size": 320,
+        "vocab_size": 512,
         "dim": 32,
         "num_layers": 3,
         "ffn_dim": 48,
@@ -61,7 +61,7 @@ def tiny_run(folder: Path, **changes: Any) -> RunConfig:
             paths=[str(Path(__file__).parent / "*.py")],
             validation_fraction=0.3,
             seq_len=SEQ_LEN,
-            tokenizer=TokenizerConfig(vocab_size=320),
+            tokenizer=TokenizerConfig(vocab_size=512),
             processes=1,
         ),
         "schedule": ConstantSchedule(steps=6, batch_size=8, peak_lr=1e-2),
@@ -78,7 +78,7 @@ def random_batches(
 ) -> list[Batch]:
     """One rank's share of a global batch that depends on the step alone, with gaps and padding."""
     generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, 320, (batch_size, SEQ_LEN + 1), generator=generator)
+    tokens = torch.randint(0, 512, (batch_size, SEQ_LEN + 1), generator=generator)
     targets = tokens[:, 1:].clone()
     targets[:3, 5] = IGNORED  # borders of documents
     is_real = torch.ones_like(targets, dtype=torch.bool)

@@ -1,0 +1,15 @@
+from pathlib import Path
+
+import pytest
+
+from data.prepare import prepare
+from tests.train.tiny import tiny_run
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny prepared corpus."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = tiny_run(folder)
+    prepare(config.data)
+    return Path(config.data.folder)
