@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -72,7 +73,7 @@ class Journal:
 
 
 class JsonLines:
-    """One JSON object per line, flushed, so that others can follow."""
+    """One JSON object per line, flushed, so that others can follow; null where not finite."""
 
     def __init__(self, path: Path, *, resumed_step: int) -> None:
         """Lines beyond the step that the run resumes from are dropped: they happen again."""
@@ -82,7 +83,11 @@ class JsonLines:
         self._file = path.open("a")
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
