@@ -30,7 +30,6 @@ class Block(nn.Module):
         self, config: ModelConfig, *, is_dense: bool, expert_group: dist.ProcessGroup | None
     ) -> None:
         super().__init__()
-        self.is_moe = not is_dense
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = MLA(
             config.attention,

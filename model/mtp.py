@@ -41,9 +41,11 @@ class MTP(nn.Module):
         *,
         segments: list[int],
     ) -> BlockOutput:
-        """`ahead` are the embeddings of the tokens `depth` places later; the norm is the caller's."""
+        """The normed state that head and next depth read; `ahead` are the embeddings of the
+        tokens `depth` places later."""
         both = torch.cat((self.embed_norm(ahead), self.hidden_norm(hidden)), dim=-1)
-        return self.block(self.project(both), rotation, counted, segments=segments)
+        out = self.block(self.project(both), rotation, counted, segments=segments)
+        return out._replace(hidden=self.norm(out.hidden))
 
 
 def shift_back(x: Tensor, depth: int) -> Tensor:

@@ -7,7 +7,7 @@ Sources: arXiv:2405.04434 (V2), arXiv:2412.19437 2.1.2 (V3), arXiv:2408.15664 (b
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,13 +69,11 @@ class Router(nn.Module):
 
     def forward(self, x: Float[Tensor, "T D"]) -> Routing:
         logits = F.linear(x.float(), self.weight.float())
-        if self.config.score is Score.sigmoid:
-            scores = logits.sigmoid()
-        else:
-            scores = logits.softmax(dim=-1)
+        is_sigmoid = self.config.score is Score.sigmoid
+        scores = logits.sigmoid() if is_sigmoid else logits.softmax(dim=-1)
         return route(scores, self.bias, config=self.config, top_k=self.top_k)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         """Move the bias with the module, but never let a cast (`.bfloat16()`) round it."""
         bias = self.bias
         super()._apply(fn, recurse)

@@ -17,6 +17,7 @@ from model.config import ModelConfig
 from model.loss import summed_cross_entropy
 from model.mtp import MTP, shift_back, shift_targets
 from model.rope import rotation
+from model.router import Router
 
 
 class Sums(NamedTuple):
@@ -92,7 +93,7 @@ class Transformer(nn.Module):
         for depth, mtp in enumerate(self.mtp, start=1):
             ahead = shift_back(embedded, depth)
             is_real = counted & shift_back(counted, depth)
-            hidden = mtp.norm(run(mtp, hidden, ahead, counted=is_real))
+            hidden = run(mtp, hidden, ahead, counted=is_real)
             wanted = shift_targets(targets, depth)
             mtp_losses.append(
                 summed_cross_entropy(hidden.flatten(0, 1), self.head.weight, wanted.flatten())
@@ -131,7 +132,6 @@ class Transformer(nn.Module):
             hidden = layer(hidden, turn, counted, segments=[seq_len] * batch_size).hidden
         return self.head(self.norm(hidden))
 
-    def routers(self) -> list[nn.Module]:
+    def routers(self) -> list[Router]:
         """The routers in the order of `Sums.load`."""
-        blocks = [*self.layers, *(mtp.block for mtp in self.mtp)]
-        return [block.ffn.router for block in blocks if block.is_moe]
+        return [module for module in self.modules() if isinstance(module, Router)]
