@@ -31,18 +31,20 @@ def main() -> ExitCode:
         check_run(config, num_ranks=int(os.environ.get("WORLD_SIZE", "1")))
         ranks = join(config.parallel, timeout_minutes=TIMEOUT_MINUTES)
         outcome = train(config, ranks)
+        if is_first:  # before others exit: their launcher may end this rank as soon as one has
+            write_outcome(run_dir, outcome)
         ranks.wait()
         leave()
+        return outcome.exit_code
     except (ValueError, SaveError, FloatingPointError) as error:
         log.error("%s", error)
-        outcome = Outcome(status=Status.failed, step=-1, reason=str(error))
+        if is_first:
+            write_outcome(run_dir, Outcome(status=Status.failed, step=-1, reason=str(error)))
+        return ExitCode.FAILED
     except Exception as error:
         if is_first:
             write_outcome(run_dir, Outcome(status=Status.failed, step=-1, reason=repr(error)))
         raise
-    if is_first:
-        write_outcome(run_dir, outcome)
-    return outcome.exit_code
 
 
 def configure_logging(*, is_first: bool) -> None:

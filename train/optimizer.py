@@ -9,6 +9,7 @@ from torch import nn
 
 @dataclass(slots=True, kw_only=True)
 class OptimizerConfig:
+    #: The algorithm; set by the group's option.
     kind: str = "adamw"
     #: Decay rate of the first moment.
     beta1: float = 0.9

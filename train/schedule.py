@@ -20,6 +20,7 @@ class BatchRampConfig:
 class ScheduleConfig:
     """Common to all schedules: warm-up, then what `kind` says."""
 
+    #: Shape of the learning rate; set by the group's option.
     kind: str = "constant"
     #: Optimizer steps of the whole run.
     steps: int

@@ -1,0 +1,51 @@
+"""`thrifty VERB [settings]`: the one door to all commands.
+
+Each verb is a module with a `main` of its own (`python -m launch.train` is `thrifty train`).
+"""
+
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+
+from train.outcome import ExitCode
+
+VERBS = {
+    "train": ("launch.train", "train a run, or continue it; -m sweeps over settings"),
+    "prepare": ("launch.prepare", "make a corpus ready: tokenizer, shards, manifest"),
+    "evaluate": ("launch.evaluate", "a checkpoint's loss on held-out text"),
+    "generate": ("launch.generate", "let a checkpoint continue a text"),
+}
+
+
+def main() -> int:
+    """Run the verb; its exit code, or 2 where there is no such verb."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
+        print(describe_verbs())
+        return ExitCode.FINISHED
+    verb = sys.argv[1]
+    if verb not in VERBS:
+        nearest = get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(VERBS)}"
+        print(f"thrifty {verb}: there is no such verb; {hint}", file=sys.stderr)
+        return ExitCode.MISTAKE
+    sys.argv = [f"thrifty {verb}", *sys.argv[2:]]
+    code: int = import_module(VERBS[verb][0]).main()
+    return code
+
+
+def describe_verbs() -> str:
+    """The verbs, one line each."""
+    lines = [f"  {verb:10} {about}" for verb, (_, about) in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: thrifty VERB [key=value ...]",
+            "",
+            *lines,
+            "",
+            "thrifty VERB --help shows the verb's settings.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Every key of a config schema, read from its dataclasses: for error messages and the docs."""
+
+import ast
+import inspect
+import json
+import textwrap
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+from data.config import DATA_KINDS, DataConfig
+from train.schedule import SCHEDULE_KINDS, ScheduleConfig
+
+# Sections whose settings depend on the option that is chosen for their group.
+KINDS: dict[type, dict[str, type[Any]]] = {
+    DataConfig: dict(DATA_KINDS),
+    ScheduleConfig: dict(SCHEDULE_KINDS),
+}
+
+
+class Key(NamedTuple):
+    name: str  # dotted, from the root
+    type: str  # as a reader of YAML writes it
+    default: str | None  # None: must be chosen
+    comment: str
+    options: tuple[str, ...]  # kinds of its section that have this key; empty: all of them
+
+
+def list_keys(schema: type[Any], *, prefix: str = "") -> Iterator[Key]:
+    """All leaves of the schema, in the order of its source."""
+    hints, comments = get_type_hints(schema), read_comments(schema)
+    for field in fields(schema):
+        name, hint = prefix + field.name, hints[field.name]
+        if hint in KINDS:
+            yield from _list_kinds(hint, prefix=f"{name}.")
+        elif is_dataclass(hint):
+            assert isinstance(hint, type)
+            yield from list_keys(hint, prefix=f"{name}.")
+        else:
+            yield Key(name, _type_name(hint), _default(field), comments[field.name], ())
+
+
+def _list_kinds(section: type[Any], *, prefix: str) -> Iterator[Key]:
+    """The keys that all kinds share, then each kind's own."""
+    kinds = KINDS[section]
+    shared = {field.name for field in fields(section)}
+    yield from list_keys(section, prefix=prefix)
+    own: dict[tuple[str, str, str | None, str], list[str]] = {}
+    for kind, schema in kinds.items():
+        for key in list_keys(schema, prefix=prefix):
+            if key.name.removeprefix(prefix).split(".")[0] not in shared:
+                own.setdefault(key[:4], []).append(kind)
+    for shared_values, options in own.items():
+        yield Key(*shared_values, tuple(options))
+
+
+def read_comments(schema: type[Any]) -> dict[str, str]:
+    """The `#:` comment above each field, bases' fields included; empty where there is none."""
+    comments: dict[str, str] = {}
+    for owner in reversed([cls for cls in schema.__mro__ if is_dataclass(cls)]):
+        source = textwrap.dedent(inspect.getsource(owner))
+        lines = source.splitlines()
+        definition = ast.parse(source).body[0]
+        assert isinstance(definition, ast.ClassDef)
+        for statement in definition.body:
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                comment = _comment_above(lines, statement.lineno - 1)
+                comments[statement.target.id] = comment or comments.get(statement.target.id, "")
+    return comments
+
+
+def _comment_above(lines: list[str], index: int) -> str:
+    found: list[str] = []
+    while lines[index - 1].strip().startswith("#:"):
+        index -= 1
+        found.insert(0, lines[index].strip().removeprefix("#:").strip())
+    return " ".join(found)
+
+
+def _type_name(hint: Any) -> str:
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return " | ".join(member.name for member in hint)
+    if hint is type(None):
+        return "null"
+    arguments = get_args(hint)
+    if not arguments:
+        return str(hint.__name__)
+    if getattr(hint, "__origin__", None) is list:
+        return f"list of {_type_name(arguments[0])}"
+    return " | ".join(_type_name(argument) for argument in arguments)
+
+
+def _default(field: Any) -> str | None:
+    if field.default is not MISSING:
+        value = field.default
+    elif field.default_factory is not MISSING:
+        value = field.default_factory()
+    else:
+        return None
+    if isinstance(value, Enum):
+        return value.name
+    return value if isinstance(value, str) and value else json.dumps(value)

@@ -1,0 +1,27 @@
+"""`thrifty prepare`: make the corpus of a run ready; nothing is done twice."""
+
+import logging
+import sys
+
+from data.prepare import prepare
+from launch.compose import Job, run_jobs, to_config, worst
+from launch.config import LaunchedRun, check_launched
+from train.outcome import ExitCode
+
+
+def main() -> ExitCode:
+    """Prepare the corpora that the command line asks for."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    return worst(run_jobs(prepare_job, schema=LaunchedRun))
+
+
+def prepare_job(job: Job) -> ExitCode:
+    """Prepare the corpus of one run's config; the rest of the config is only checked."""
+    config = to_config(job.values, LaunchedRun)
+    check_launched(config)
+    prepare(config.data)
+    return ExitCode.FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
