@@ -1,19 +1,41 @@
-"""Causal softmax attention inside documents.
+"""Causal softmax attention inside documents, and what every kind of attention is asked for.
 
-B batch, S sequence, H heads, K query/key width, V value width. A batch is read as B*S
-consecutive tokens; `segments` are the lengths of the runs that may see each other.
+B batch, S new tokens, T tokens held by a cache, H query heads, G key-value heads (a divisor of H),
+K query/key width, V value width. A batch is read as B*S consecutive tokens; `segments` are the
+lengths of the runs that may see each other.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+
+@dataclass(slots=True, kw_only=True)
+class AttentionConfig:
+    """What the rest of the model needs to know of any attention."""
+
+    #: Attention heads.
+    num_heads: int
+
+    @property
+    def rotated_dim(self) -> int:
+        """Width of the part of a head that RoPE turns."""
+        raise TypeError("an attention of no kind")
+
+    @property
+    def product_dims(self) -> int:
+        """Widths of query-key and weight-value products, over all heads: half the FLOPs per
+        pair of tokens."""
+        raise TypeError("an attention of no kind")
 
 
 def attend(
     query: Float[Tensor, "B S H K"],
-    key: Float[Tensor, "B S H K"],
-    value: Float[Tensor, "B S H V"],
+    key: Float[Tensor, "B S G K"],
+    value: Float[Tensor, "B S G V"],
     *,
     scale: float,
     segments: list[int],
@@ -40,5 +62,27 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tenso
         # The CPU's flash kernel wants equal widths; without them torch takes the dense path.
         value = F.pad(value, (0, query.shape[-1] - value_dim))
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    is_grouped = query.shape[1] != key.shape[1]
+    mixed = F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=is_grouped
+    )
     return mixed.transpose(1, 2)[..., :value_dim]
+
+
+def hide_future(
+    num_new: int,
+    num_held: int,
+    *,
+    hidden_keys: Bool[Tensor, "B T"] | None,
+    device: torch.device,
+) -> Bool[Tensor, "#B 1 S T"]:
+    """Which of the held keys each new token must not see: later ones, and hidden ones.
+
+    A hidden token itself sees its own key: a row of nothing would be a row of NaN.
+    """
+    keys = torch.arange(num_held, device=device)
+    places = keys[num_held - num_new :, None]
+    hidden = (keys > places)[None, None]
+    if hidden_keys is not None:
+        hidden = hidden | (hidden_keys[:, None, None, :] & (keys != places))
+    return hidden

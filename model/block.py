@@ -9,10 +9,11 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from model.cache import LatentCache
+from model.cache import Cache
 from model.config import ModelConfig
 from model.ffn import SwiGLU
-from model.mla import MLA
+from model.gqa import GQA, GQAConfig
+from model.mla import MLA, MLAConfig
 from model.moe import MoE
 from model.rope import Rotation, softmax_temperature
 
@@ -31,17 +32,13 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.attention = MLA(
-            config.attention,
-            dim=config.dim,
-            norm_eps=config.norm_eps,
-            temperature=softmax_temperature(config.rope),
-        )
+        self.attention = build_attention(config)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn: SwiGLU | MoE
         if is_dense:
             self.ffn = SwiGLU(config.dim, config.ffn_dim)
         else:
+            assert config.moe is not None, "check_model asks for it"
             self.ffn = MoE(config.moe, dim=config.dim, expert_group=expert_group)
 
     def forward(
@@ -60,12 +57,37 @@ class Block(nn.Module):
         return BlockOutput(x + self.ffn(inner), None, None)
 
     def decode(
-        self, x: Float[Tensor, "B S D"], rotation: Rotation, cache: LatentCache
+        self,
+        x: Float[Tensor, "B S D"],
+        rotation: Rotation,
+        cache: Cache,
+        *,
+        hidden_keys: Bool[Tensor, "B T"] | None,
     ) -> Float[Tensor, "B S D"]:
         """The block over new tokens only; past ones are in the cache."""
-        x = x + self.attention.decode(self.attention_norm(x), rotation, cache)
+        mixed = self.attention.decode(
+            self.attention_norm(x), rotation, cache, hidden_keys=hidden_keys
+        )
+        x = x + mixed
         inner = self.ffn_norm(x)
         if isinstance(self.ffn, MoE):
             counted = inner.new_ones(inner.shape[:2], dtype=bool)
             return x + self.ffn(inner, counted).hidden
         return x + self.ffn(inner)
+
+
+def build_attention(config: ModelConfig) -> MLA | GQA:
+    """The attention of the model's kind."""
+    temperature = softmax_temperature(config.rope)
+    match config.attention:
+        case MLAConfig():
+            return MLA(
+                config.attention,
+                dim=config.dim,
+                norm_eps=config.norm_eps,
+                temperature=temperature,
+            )
+        case GQAConfig():
+            return GQA(config.attention, dim=config.dim, temperature=temperature)
+        case _:
+            raise TypeError(f"no attention for {type(config.attention).__name__}")

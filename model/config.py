@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from model.attention import AttentionConfig
+from model.gqa import GQAConfig, check_gqa
 from model.mla import MLAConfig, check_mla
 from model.moe import MoEConfig, check_moe
 from model.rope import RopeConfig, check_rope
@@ -17,6 +19,9 @@ class MTPConfig:
 
 @dataclass(slots=True, kw_only=True)
 class ModelConfig:
+    """Common to all models; the kinds differ in their attention."""
+
+    kind: str = "mla"
     #: Entries of the vocabulary; at least as many as the tokenizer has.
     vocab_size: int
     #: Width of the hidden state.
@@ -31,10 +36,32 @@ class ModelConfig:
     norm_eps: float = 1e-6
     #: Standard deviation of the initial weights.
     init_std: float = 0.006
-    attention: MLAConfig
+    #: Whether the head's matrix is the embedding's.
+    tie_embedding: bool = False
+    attention: AttentionConfig
     rope: RopeConfig = field(default_factory=RopeConfig)
-    moe: MoEConfig
+    #: The MoE layers; null for a dense model.
+    moe: MoEConfig | None = None
     mtp: MTPConfig = field(default_factory=MTPConfig)
+
+
+@dataclass(slots=True, kw_only=True)
+class MLAModelConfig(ModelConfig):
+    """DeepSeek-V2 and after: latent attention."""
+
+    kind: str = "mla"
+    attention: MLAConfig
+
+
+@dataclass(slots=True, kw_only=True)
+class GQAModelConfig(ModelConfig):
+    """DeepSeek LLM and Coder, and the R1 distillations' students: grouped-query attention."""
+
+    kind: str = "gqa"
+    attention: GQAConfig
+
+
+MODEL_KINDS: dict[str, type[ModelConfig]] = {"mla": MLAModelConfig, "gqa": GQAModelConfig}
 
 
 def check_model(config: ModelConfig) -> None:
@@ -52,6 +79,17 @@ def check_model(config: ModelConfig) -> None:
             f"model.mtp.depth={config.mtp.depth} and model.mtp.loss_weight="
             f"{config.mtp.loss_weight} must not be negative; depth 0 turns MTP off"
         )
-    check_mla(config.attention)
-    check_rope(config.rope, dim=config.attention.rope_head_dim)
-    check_moe(config.moe)
+    match config.attention:
+        case MLAConfig():
+            check_mla(config.attention)
+        case GQAConfig():
+            check_gqa(config.attention)
+    check_rope(config.rope)
+    if config.moe is not None:
+        check_moe(config.moe)
+    elif config.num_dense_layers < config.num_layers:
+        raise ValueError(
+            f"model.moe=null, but only model.num_dense_layers={config.num_dense_layers} of "
+            f"model.num_layers={config.num_layers} are dense; set num_dense_layers to "
+            f"{config.num_layers}, or give model.moe"
+        )

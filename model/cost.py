@@ -16,7 +16,7 @@ class Parameters(NamedTuple):
     """Counts of parameters. `active` are those that one token meets.
 
     MTP is apart, as in the published counts (V3: 671B and 37B without it). `active` leaves out
-    the input embedding, of which a token meets one row.
+    the input embedding, of which a token meets one row, unless it is the head as well.
     """
 
     total: int
@@ -31,9 +31,13 @@ def count_parameters(config: ModelConfig) -> Parameters:
     mtp = _count(model.mtp)
     embedding = _count(model.embed)
     total = _count(model) - mtp
-    routed = sum(_count(module) for module in model.layers.modules() if isinstance(module, Experts))
-    idle = routed - routed * config.moe.top_k // config.moe.num_experts
-    return Parameters(total, total - idle - embedding, embedding, mtp)
+    idle = 0
+    if config.moe is not None:
+        experts = [module for module in model.layers.modules() if isinstance(module, Experts)]
+        routed = sum(map(_count, experts))
+        idle = routed - routed * config.moe.top_k // config.moe.num_experts
+    unused = 0 if config.tie_embedding else embedding
+    return Parameters(total, total - idle - unused, embedding, mtp)
 
 
 def flops_per_token(config: ModelConfig, *, seq_len: int) -> float:
@@ -47,9 +51,7 @@ def flops_per_token(config: ModelConfig, *, seq_len: int) -> float:
     products = _active_products(model, config)
     head = config.vocab_size * config.dim
     products += head * (1 + config.mtp.depth)
-    attention = config.attention
-    width = attention.nope_head_dim + attention.rope_head_dim + attention.v_head_dim
-    per_layer = 2 * attention.num_heads * width * (seq_len + 1) / 2
+    per_layer = 2 * config.attention.product_dims * (seq_len + 1) / 2
     layers = config.num_layers + config.mtp.depth
     return 3 * (2 * products + per_layer * layers)
 
@@ -60,6 +62,7 @@ def _active_products(model: Transformer, config: ModelConfig) -> int:
     for part in (model.layers, model.mtp):
         for name, parameter in part.named_parameters():
             if parameter.ndim == 3:  # a stack of experts
+                assert config.moe is not None, "a dense model has no stacks"
                 products += parameter.numel() * config.moe.top_k // config.moe.num_experts
             elif parameter.ndim == 2:
                 assert name.endswith("weight"), f"{name} is a matrix without a product"

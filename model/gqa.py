@@ -92,3 +92,8 @@ def check_gqa(config: GQAConfig) -> None:
             f"model.attention.num_kv_heads={config.num_kv_heads} does not divide "
             f"model.attention.num_heads={config.num_heads}; choose a divisor"
         )
+    if config.head_dim % 2:
+        raise ValueError(
+            f"model.attention.head_dim={config.head_dim} is odd, but RoPE turns pairs; "
+            "choose an even one"
+        )

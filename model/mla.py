@@ -7,18 +7,16 @@ N and R the widths of a head's parts without and with position, V its value widt
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from model.attention import attend
-from model.cache import LatentCache
-from model.rope import Rotation, rotate
+from model.attention import AttentionConfig, attend, hide_future
+from model.cache import Cache
+from model.rope import Rotation, rotate_pairs
 
 
 @dataclass(slots=True, kw_only=True)
-class MLAConfig:
-    #: Attention heads.
-    num_heads: int
+class MLAConfig(AttentionConfig):
     #: Width of the compressed query; null projects queries straight from the hidden state.
     q_lora_rank: int | None = None
     #: Width of the latent that keys and values are rebuilt from (all that the cache holds).
@@ -29,6 +27,14 @@ class MLAConfig:
     rope_head_dim: int
     #: Width of a head's value.
     v_head_dim: int
+
+    @property
+    def rotated_dim(self) -> int:
+        return self.rope_head_dim
+
+    @property
+    def product_dims(self) -> int:
+        return self.num_heads * (self.nope_head_dim + self.rope_head_dim + self.v_head_dim)
 
 
 class MLA(nn.Module):
@@ -80,12 +86,17 @@ class MLA(nn.Module):
         return self.out(mixed.flatten(-2))
 
     def decode(
-        self, x: Float[Tensor, "B S D"], rotation: Rotation, cache: LatentCache
+        self,
+        x: Float[Tensor, "B S D"],
+        rotation: Rotation,
+        cache: Cache,
+        *,
+        hidden_keys: Bool[Tensor, "B T"] | None,
     ) -> Float[Tensor, "B S D"]:
         """Generation's form: attention in the latent space, over the cache and then `x` itself.
 
         The key's and value's up-projections are absorbed into the query and the output, so that
-        no key or value of a past token is ever rebuilt.
+        no key or value of a past token is ever rebuilt. `hidden_keys` marks padding in the cache.
         """
         q_nope, q_rope = self._queries(x, rotation)
         latent, k_rope = self._latents(x, rotation)
@@ -96,10 +107,8 @@ class MLA(nn.Module):
         q_latent = torch.einsum("bshn,hnc->bshc", q_nope, key_up)
         logits = torch.einsum("bshc,btc->bhst", q_latent, latents)
         logits = logits + torch.einsum("bshr,btr->bhst", q_rope, k_ropes)
-        num_new, num_held = logits.shape[-2:]
-        ahead = torch.ones(num_new, num_held, dtype=torch.bool, device=x.device)
-        ahead = ahead.triu(num_held - num_new + 1)
-        logits = (logits.float() * self.scale).masked_fill(ahead, float("-inf"))
+        hidden = hide_future(*logits.shape[-2:], hidden_keys=hidden_keys, device=x.device)
+        logits = (logits.float() * self.scale).masked_fill(hidden, float("-inf"))
         weights = logits.softmax(dim=-1).to(x.dtype)
         mixed = torch.einsum("bhst,btc->bshc", weights, latents)
         return self.out(torch.einsum("bshc,hvc->bshv", mixed, value_up).flatten(-2))
@@ -109,12 +118,12 @@ class MLA(nn.Module):
         hidden = x if self.q_down is None else self.q_norm(self.q_down(x))
         query = self.q_up(hidden).unflatten(-1, (self.num_heads, -1))
         q_nope, q_rope = query.split((self.nope_head_dim, self.rope_head_dim), dim=-1)
-        return q_nope, rotate(q_rope, rotation)
+        return q_nope, rotate_pairs(q_rope, rotation)
 
     def _latents(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """The normalised latent [B, S, C] and the key part shared by all heads [B, S, 1, R]."""
         latent, k_rope = self.kv_down(x).split((self.kv_lora_rank, self.rope_head_dim), dim=-1)
-        return self.kv_norm(latent), rotate(k_rope.unsqueeze(2), rotation)
+        return self.kv_norm(latent), rotate_pairs(k_rope.unsqueeze(2), rotation)
 
 
 def check_mla(config: MLAConfig) -> None:
@@ -129,4 +138,9 @@ def check_mla(config: MLAConfig) -> None:
             f"model.attention.v_head_dim={config.v_head_dim} exceeds the query's width "
             f"{config.nope_head_dim + config.rope_head_dim} (nope_head_dim + rope_head_dim); "
             "choose a v_head_dim up to that"
+        )
+    if config.rope_head_dim % 2:
+        raise ValueError(
+            f"model.attention.rope_head_dim={config.rope_head_dim} is odd, but RoPE turns pairs; "
+            "choose an even one"
         )

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from model.block import Block, BlockOutput
+from model.cache import Cache
 from model.config import ModelConfig
 from model.loss import IGNORED
 from model.rope import Rotation
@@ -43,9 +44,24 @@ class MTP(nn.Module):
     ) -> BlockOutput:
         """The normed state that head and next depth read; `ahead` are the embeddings of the
         tokens `depth` places later."""
-        both = torch.cat((self.embed_norm(ahead), self.hidden_norm(hidden)), dim=-1)
-        out = self.block(self.project(both), rotation, counted, segments=segments)
+        out = self.block(self._join(hidden, ahead), rotation, counted, segments=segments)
         return out._replace(hidden=self.norm(out.hidden))
+
+    def decode(
+        self,
+        hidden: Float[Tensor, "B S D"],
+        ahead: Float[Tensor, "B S D"],
+        rotation: Rotation,
+        cache: Cache,
+        *,
+        hidden_keys: Bool[Tensor, "B T"] | None,
+    ) -> Float[Tensor, "B S D"]:
+        """The same over new tokens only; past ones are in the cache."""
+        joined = self._join(hidden, ahead)
+        return self.norm(self.block.decode(joined, rotation, cache, hidden_keys=hidden_keys))
+
+    def _join(self, hidden: Tensor, ahead: Tensor) -> Tensor:
+        return self.project(torch.cat((self.embed_norm(ahead), self.hidden_norm(hidden)), dim=-1))
 
 
 def shift_back(x: Tensor, depth: int) -> Tensor:

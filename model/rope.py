@@ -1,4 +1,4 @@
-"""Rotary position embedding on interleaved pairs, with YaRN (arXiv:2309.00071).
+"""Rotary position embedding (arXiv:2104.09864), with the ways to stretch its context.
 
 B batch, S sequence, H heads, R rotated dimensions of a head (even), P = R/2 pairs.
 """
@@ -14,8 +14,12 @@ from torch import Tensor
 
 
 class RopeScaling(StrEnum):
+    """Linear: all positions divided. YaRN: pairs apart (arXiv:2309.00071). llama3: Llama 3.1's."""
+
     none = "none"
+    linear = "linear"
     yarn = "yarn"
+    llama3 = "llama3"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -24,9 +28,9 @@ class RopeConfig:
     theta: float = 10_000.0
     #: How positions beyond `original_seq_len` are reached.
     scaling: RopeScaling = RopeScaling.none
-    #: YaRN: context after extension divided by the context before it.
+    #: Context after the extension divided by the context before it.
     factor: float = 1.0
-    #: YaRN: context length, in tokens, of the model before the extension.
+    #: YaRN, llama3: context length, in tokens, of the model before the extension.
     original_seq_len: int = 4096
     #: YaRN: pairs that turn more often than this in the original context keep their frequency.
     beta_fast: float = 32.0
@@ -36,6 +40,10 @@ class RopeConfig:
     mscale: float = 1.0
     #: YaRN: strength of the temperature on the softmax scale; 0 leaves it to `mscale` alone.
     mscale_all_dim: float = 0.0
+    #: llama3: pairs that turn less often than this in the original context are interpolated.
+    low_freq_factor: float = 1.0
+    #: llama3: pairs that turn more often than this in the original context keep their frequency.
+    high_freq_factor: float = 4.0
 
 
 class Rotation(NamedTuple):
@@ -45,12 +53,8 @@ class Rotation(NamedTuple):
     sin: Float[Tensor, "B S P"]
 
 
-def check_rope(config: RopeConfig, *, dim: int) -> None:
+def check_rope(config: RopeConfig) -> None:
     """Refuse, with a ValueError, settings under which no rotation exists."""
-    if dim % 2:
-        raise ValueError(
-            f"model.attention.rope_head_dim={dim} is odd, but RoPE turns pairs; choose an even one"
-        )
     if config.factor < 1.0:
         raise ValueError(
             f"model.rope.factor={config.factor} shrinks the context; choose a factor >= 1"
@@ -58,7 +62,12 @@ def check_rope(config: RopeConfig, *, dim: int) -> None:
     if config.scaling is RopeScaling.none and config.factor != 1.0:
         raise ValueError(
             f"model.rope.factor={config.factor} has no effect with model.rope.scaling=none; "
-            "set model.rope.scaling=yarn or leave the factor at 1"
+            "set model.rope.scaling or leave the factor at 1"
+        )
+    if not config.low_freq_factor < config.high_freq_factor:
+        raise ValueError(
+            f"model.rope.low_freq_factor={config.low_freq_factor} must be below "
+            f"model.rope.high_freq_factor={config.high_freq_factor}"
         )
 
 
@@ -72,15 +81,20 @@ def rotation(config: RopeConfig, positions: Int64[Tensor, "B S"], *, dim: int) -
     return Rotation(angles.cos() * magnitude, angles.sin() * magnitude)
 
 
-def rotate(x: Float[Tensor, "B S H R"], by: Rotation) -> Float[Tensor, "B S H R"]:
-    """Turn each interleaved pair (x0, x1), (x2, x3), ... of `x` by its angle.
-
-    DeepSeek's published weights expect interleaved pairs, not halves.
-    """
+def rotate_pairs(x: Float[Tensor, "B S H R"], by: Rotation) -> Float[Tensor, "B S H R"]:
+    """Turn the pairs (x0, x1), (x2, x3), ... of `x`: DeepSeek's published MLA weights."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # each [B, S, H, P]
     cos, sin = by.cos[:, :, None], by.sin[:, :, None]
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).to(x.dtype)
+
+
+def rotate_halves(x: Float[Tensor, "B S H R"], by: Rotation) -> Float[Tensor, "B S H R"]:
+    """Turn the pairs (x0, xP), (x1, xP+1), ... of `x`: Llama's and Qwen2's published weights."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = by.cos[:, :, None], by.sin[:, :, None]
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype)
 
 
 def softmax_temperature(config: RopeConfig) -> float:
@@ -91,18 +105,31 @@ def softmax_temperature(config: RopeConfig) -> float:
 
 
 def pair_frequencies(config: RopeConfig, *, dim: int) -> Float[Tensor, " P"]:
-    """Radians per position of each pair, blended by YaRN's ramp where that is chosen."""
+    """Radians per position of each pair: as trained, divided by the factor, or in between."""
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
-    extrapolated = 1.0 / config.theta**exponents
-    if config.scaling is RopeScaling.none:
-        return extrapolated
-    interpolated = extrapolated / config.factor
+    original = 1.0 / config.theta**exponents
+    interpolated = original / config.factor
+    match config.scaling:
+        case RopeScaling.none:
+            return original
+        case RopeScaling.linear:
+            return interpolated
+        case RopeScaling.yarn:
+            kept = 1 - _yarn_ramp(config, dim=dim)
+        case RopeScaling.llama3:
+            turns = config.original_seq_len * original / (2 * math.pi)
+            span = config.high_freq_factor - config.low_freq_factor
+            kept = ((turns - config.low_freq_factor) / span).clamp(0, 1)
+    return interpolated * (1 - kept) + original * kept
+
+
+def _yarn_ramp(config: RopeConfig, *, dim: int) -> Float[Tensor, " P"]:
+    """How far each pair is interpolated: 0 for the fastest, 1 for the slowest."""
     low = math.floor(_pair_turning(config, config.beta_fast, dim=dim))
     high = math.ceil(_pair_turning(config, config.beta_slow, dim=dim))
     low, high = max(low, 0), min(high, dim - 1)
     span = max(high - low, 0.001)  # 0.001: as in the reference, when both ends meet
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
-    return interpolated * ramp + extrapolated * (1 - ramp)
+    return ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
 
 
 def _pair_turning(config: RopeConfig, turns: float, *, dim: int) -> float:
@@ -113,6 +140,6 @@ def _pair_turning(config: RopeConfig, turns: float, *, dim: int) -> float:
 
 def _temperature(config: RopeConfig, strength: float) -> float:
     """YaRN's attention temperature, 0.1 * strength * ln(factor) + 1."""
-    if config.scaling is RopeScaling.none:
+    if config.scaling is not RopeScaling.yarn:
         return 1.0
     return 0.1 * strength * math.log(config.factor) + 1.0

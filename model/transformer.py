@@ -7,16 +7,17 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.block import Block
-from model.cache import LatentCache
+from model.cache import Cache
 from model.config import ModelConfig
 from model.loss import summed_cross_entropy
 from model.mtp import MTP, shift_back, shift_targets
-from model.rope import rotation
+from model.rope import Rotation, rotation
 from model.router import Router
 
 
@@ -30,7 +31,7 @@ class Sums(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """A DeepSeek-V3-shaped language model. The head is not tied to the embedding."""
+    """A decoder-only language model of blocks, dense or MoE."""
 
     def __init__(
         self,
@@ -49,7 +50,9 @@ class Transformer(nn.Module):
             for i in range(config.num_layers)
         )
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.head: nn.Linear | None = None
+        if not config.tie_embedding:
+            self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.mtp = nn.ModuleList(
             MTP(config, expert_group=expert_group) for _ in range(config.mtp.depth)
         )
@@ -68,7 +71,7 @@ class Transformer(nn.Module):
         `targets` are the next tokens, IGNORED where nothing is predicted; `counted` marks the
         tokens that are no padding; `segments` are the documents' lengths in reading order.
         """
-        turn = rotation(self.config.rope, positions, dim=self.config.attention.rope_head_dim)
+        turn = self._rotation(positions)
         embedded = self.embed(tokens)
         hidden = embedded
         loads, balance_losses = [], []
@@ -87,7 +90,7 @@ class Transformer(nn.Module):
         for layer in self.layers:
             hidden = run(layer, hidden, counted=counted)
         hidden = self.norm(hidden)
-        loss = summed_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten())
+        loss = summed_cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
 
         mtp_losses = []
         for depth, mtp in enumerate(self.mtp, start=1):
@@ -96,42 +99,82 @@ class Transformer(nn.Module):
             hidden = run(mtp, hidden, ahead, counted=is_real)
             wanted = shift_targets(targets, depth)
             mtp_losses.append(
-                summed_cross_entropy(hidden.flatten(0, 1), self.head.weight, wanted.flatten())
+                summed_cross_entropy(hidden.flatten(0, 1), self.head_weight, wanted.flatten())
             )
         return Sums(
             loss=loss,
             mtp_loss=torch.stack(mtp_losses) if mtp_losses else loss.new_zeros(0),
             balance_loss=sum(balance_losses, loss.new_zeros(())),
-            load=torch.stack(loads) if loads else tokens.new_zeros(0, self.config.moe.num_experts),
+            load=torch.stack(loads) if loads else tokens.new_zeros(0, 0),
         )
 
     def decode(
-        self, tokens: Int64[Tensor, "B S"], caches: list[LatentCache]
-    ) -> Float[Tensor, "B V"]:
-        """Logits, in fp32, of the token after the last one; the caches (one per layer) grow."""
-        start = caches[0].length
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        turn = rotation(
-            self.config.rope,
-            positions.expand_as(tokens),
-            dim=self.config.attention.rope_head_dim,
-        )
+        self,
+        tokens: Int64[Tensor, "B S"],
+        caches: list[Cache],
+        *,
+        padding: Int64[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, "B S D"]:
+        """The states that the head reads at the new tokens; the caches (one per layer) grow.
+
+        `padding` counts the tokens at the left of each row that are none.
+        """
+        turn, hidden_keys = self._place(tokens, caches[0].length, padding)
         hidden = self.embed(tokens)
         for layer, cache in zip(self.layers, caches, strict=True):
-            hidden = layer.decode(hidden, turn, cache)
-        return self.head(self.norm(hidden[:, -1])).float()
+            hidden = layer.decode(hidden, turn, cache, hidden_keys=hidden_keys)
+        return self.norm(hidden)
+
+    def draft(
+        self,
+        hidden: Float[Tensor, "B S D"],
+        following: Int64[Tensor, "B S"],
+        cache: Cache,
+        *,
+        padding: Int64[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, "B S D"]:
+        """States from which the head guesses one token further: MTP's first depth.
+
+        `hidden` are `decode`'s states, `following` the tokens after them.
+        """
+        turn, hidden_keys = self._place(following, cache.length, padding)
+        mtp = self.mtp[0]
+        return mtp.decode(hidden, self.embed(following), turn, cache, hidden_keys=hidden_keys)
+
+    def predict(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
+        """Logits, in fp32, of the tokens after those at which the states are."""
+        return F.linear(hidden, self.head_weight).float()
 
     def logits(self, tokens: Int64[Tensor, "B S"]) -> Float[Tensor, "B S V"]:
         """All logits of whole sequences, for comparisons; training never holds them."""
         batch_size, seq_len = tokens.shape
         positions = torch.arange(seq_len, device=tokens.device).expand_as(tokens)
-        turn = rotation(self.config.rope, positions, dim=self.config.attention.rope_head_dim)
+        turn = self._rotation(positions)
         counted = torch.ones_like(tokens, dtype=torch.bool)
         hidden = self.embed(tokens)
         for layer in self.layers:
             hidden = layer(hidden, turn, counted, segments=[seq_len] * batch_size).hidden
-        return self.head(self.norm(hidden))
+        return F.linear(self.norm(hidden), self.head_weight)
+
+    @property
+    def head_weight(self) -> Float[Tensor, "V D"]:
+        """The head's matrix: its own, or the embedding's."""
+        return self.embed.weight if self.head is None else self.head.weight
 
     def routers(self) -> list[Router]:
         """The routers in the order of `Sums.load`."""
         return [module for module in self.modules() if isinstance(module, Router)]
+
+    def _rotation(self, positions: Int64[Tensor, "B S"]) -> Rotation:
+        return rotation(self.config.rope, positions, dim=self.config.attention.rotated_dim)
+
+    def _place(
+        self, tokens: Tensor, start: int, padding: Tensor | None
+    ) -> tuple[Rotation, Bool[Tensor, "B T"] | None]:
+        """Angles of tokens that follow `start` others, and which keys of all are padding."""
+        places = torch.arange(start + tokens.shape[1], device=tokens.device)
+        positions = places[start:].expand_as(tokens)
+        if padding is None:
+            return self._rotation(positions), None
+        positions = (positions - padding[:, None]).clamp(min=0)
+        return self._rotation(positions), places < padding[:, None]

@@ -187,15 +187,16 @@ def check_coverage(manifest: Manifest, wanted: Mapping[str, tuple[int, ...]]) ->
         for name, tensor in manifest.tensors.items()
         if not name.startswith("rng/")  # of ranks, which may be others today
     }
+    where = f"step {manifest.step}'s checkpoint"
     for name in sorted(stored.keys() | wanted.keys()):
         if name not in stored:
-            raise ValueError(f"step {manifest.step}'s checkpoint lacks {name}: it is of another model")
+            raise ValueError(f"{where} lacks {name}, which this model has")
         if name not in wanted:
-            raise ValueError(f"step {manifest.step}'s checkpoint has {name}, which this model lacks")
+            raise ValueError(f"{where} has {name}, which this model lacks")
         if stored[name] != wanted[name]:
             raise ValueError(
-                f"{name} has shape {list(stored[name])} in step {manifest.step}'s checkpoint, "
-                f"but {list(wanted[name])} in this model; use the model config of that run"
+                f"{name} has shape {list(stored[name])} in {where}, but "
+                f"{list(wanted[name])} in this model; use the model config of that run"
             )
 
 

@@ -1,7 +1,7 @@
 """The whole run as one typed tree, and how it travels to the ranks.
 
 The launcher composes it once and writes it into the run's folder; ranks read that file and
-never compose again. Groups with several kinds (`data`, `schedule`) are told apart by `kind`.
+never compose again. In groups with several kinds (`model`, `data`, `schedule`) `kind` says which.
 """
 
 from dataclasses import dataclass, field, fields
@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.config import DATA_KINDS, DataConfig, check_data
-from model.config import ModelConfig, check_model
+from model.config import MODEL_KINDS, ModelConfig, check_model
 from train.checkpoint import CheckpointConfig, check_checkpoint
 from train.evaluation import EvaluationConfig, check_evaluation
 from train.journal import LoggingConfig, check_logging
@@ -82,6 +82,7 @@ def write_config(config: RunConfig, path: Path) -> None:
 def typed(values: Any, schema: type[Config]) -> Config:
     """`values` (plain containers) as `schema`, with the kinds of its groups chosen by `kind`."""
     config = OmegaConf.structured(schema)
+    config.model = MODEL_KINDS[values["model"]["kind"]]
     config.data = DATA_KINDS[values["data"]["kind"]]
     config.schedule = SCHEDULE_KINDS[values["schedule"]["kind"]]
     filled = OmegaConf.to_object(OmegaConf.merge(config, values))

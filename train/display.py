@@ -39,9 +39,7 @@ class LiveDisplay:
 
     def write(self, record: dict[str, Any]) -> None:
         if record["event"] == "step":
-            self._bar.update(
-                self._task, completed=record["step"], description=describe(record)
-            )
+            self._bar.update(self._task, completed=record["step"], description=describe(record))
         else:
             self._bar.console.print(f"{record['event']}: {describe(record)}")
 
@@ -62,7 +60,7 @@ class LineDisplay:
         if record["event"] == "step" and step > self._first:
             per_step = (time.monotonic() - self._start) / (step - self._first)
             line += f"  ETA {_clock(per_step * (self._steps - step))}"
-        print(line, flush=True)  # noqa: T201 - this is the command's own output
+        print(line, flush=True)
 
     def close(self) -> None:
         pass

@@ -82,7 +82,7 @@ class Engine:
         )
         initialise(model, seed=config.seed, std=config.model.init_std)
         self._first_experts = first_experts(model)
-        self._num_experts = config.model.moe.num_experts
+        self._num_experts = config.model.moe.num_experts if config.model.moe else 0
 
         param_groups = parameter_groups(model, config.optimizer)
         if expert_group is not None:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from model.cache import LatentCache
+from model.cache import Cache
 from model.transformer import Transformer
 from train.ranks import alone
 from train.restore import restore
@@ -85,10 +85,10 @@ def sample_tokens(
     """Tokens after `prompt` [1, S], each fed back; past ones are only in the cache."""
     generator = torch.Generator().manual_seed(seed)
     capacity = prompt.shape[1] + max_new_tokens
-    caches = [LatentCache(capacity=capacity) for _ in model.layers]
+    caches = [Cache(capacity=capacity) for _ in model.layers]
     tokens = prompt
     for _ in range(max_new_tokens):
-        logits = model.decode(tokens, caches)[0].cpu()
+        logits = model.predict(model.decode(tokens, caches)[0, -1]).cpu()
         token = draw(logits, temperature=temperature, top_p=top_p, generator=generator)
         yield token
         tokens = prompt.new_tensor([[token]])

@@ -6,7 +6,7 @@ from typing import Self
 
 
 class Interrupt:
-    """While entered, both signals only note that the run should stop; further ones change nothing."""
+    """While entered, a signal only notes that the run should stop; a second changes nothing."""
 
     def __init__(self) -> None:
         self.is_requested = False
@@ -26,5 +26,5 @@ class Interrupt:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
         self.is_requested = True

@@ -43,9 +43,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(
-    groups: list[dict[str, Any]], config: OptimizerConfig
-) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW over the groups; the learning rate is set at each step."""
     return torch.optim.AdamW(
         groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True

@@ -46,7 +46,12 @@ def check_parallel(
             f"parallel.expert={parallel.expert} does not divide the {num_ranks} ranks; "
             f"choose one of {_divisors(num_ranks)} or another number of ranks"
         )
-    num_experts = model.moe.num_experts
+    if parallel.expert > 1 and model.moe is None:
+        raise ValueError(
+            f"parallel.expert={parallel.expert}, but model.moe=null has no experts; "
+            "choose parallel.expert=1"
+        )
+    num_experts = model.moe.num_experts if model.moe is not None else 0
     if num_experts % parallel.expert:
         raise ValueError(
             f"model.moe.num_experts={num_experts} is not divisible by "
@@ -65,9 +70,7 @@ def check_parallel(
     _check_batches(parallel, schedule, num_ranks=num_ranks)
 
 
-def _check_batches(
-    parallel: ParallelConfig, schedule: ScheduleConfig, *, num_ranks: int
-) -> None:
+def _check_batches(parallel: ParallelConfig, schedule: ScheduleConfig, *, num_ranks: int) -> None:
     per_pass = parallel.micro_batch_size * num_ranks
     sizes = {"schedule.batch_size": schedule.batch_size}
     if schedule.batch_ramp.start is not None:

@@ -63,8 +63,6 @@ def alone() -> Ranks:
 
 def connect(*, timeout_minutes: float) -> Ranks:
     """The group's other members found; the default group must be initialised."""
-    control = dist.new_group(
-        backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes)
-    )
+    control = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
     assert control is not None, "every rank is a member"
     return Ranks(dist.get_rank(), dist.get_world_size(), read_device(), control)

@@ -172,9 +172,7 @@ class Run:
             load(folder, manifest, [Fragment(name, tuple(state.shape), 0, state)])
             torch.set_rng_state(state)
 
-    def _write(
-        self, journal: Journal, event: str, start: float, numbers: dict[str, Any]
-    ) -> None:
+    def _write(self, journal: Journal, event: str, start: float, numbers: dict[str, Any]) -> None:
         seconds = time.perf_counter() - start
         journal.write({"event": event, "step": self.progress.step, **numbers, "seconds": seconds})
         self.meters.pause()

@@ -50,7 +50,9 @@ def objective(sums: Sums, over: Denominators, config: ModelConfig) -> Tensor:
     loss = sums.loss / max(over.targets, 1)
     for nats, targets in zip(sums.mtp_loss, over.mtp_targets, strict=True):
         loss = loss + config.mtp.loss_weight / config.mtp.depth * nats / max(targets, 1)
-    return loss + config.moe.balance_loss_weight * sums.balance_loss / over.sequences
+    if config.moe is not None:
+        loss = loss + config.moe.balance_loss_weight * sums.balance_loss / over.sequences
+    return loss
 
 
 def update(
@@ -73,7 +75,7 @@ def update(
     dist.all_reduce(load)
     dist.all_reduce(totals)
     result = engine.step(lr)
-    if result.is_applied:
+    if result.is_applied and config.moe is not None:
         move_biases(engine, load, speed=config.moe.router.bias_update_speed)
     denominators = [over.targets, over.sequences, *over.mtp_targets]
     means = totals / totals.new_tensor([max(value, 1) for value in denominators])

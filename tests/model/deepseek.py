@@ -26,6 +26,8 @@ NAMES: tuple[tuple[str, str], ...] = (
     (r"\.self_attn\.kv_a_layernorm\.", ".attention.kv_norm."),
     (r"\.self_attn\.kv_b_proj\.", ".attention.kv_up."),
     (r"\.self_attn\.o_proj\.", ".attention.out."),
+    (r"\.self_attn\.k_proj\.", ".attention.key."),
+    (r"\.self_attn\.v_proj\.", ".attention.value."),
     (r"\.mlp\.gate\.weight$", ".ffn.router.weight"),
     (r"\.mlp\.gate\.e_score_correction_bias$", ".ffn.router.bias"),
     (r"\.mlp\.shared_experts\.", ".ffn.shared."),

@@ -9,7 +9,8 @@ from model.rope import (
     RopeScaling,
     check_rope,
     pair_frequencies,
-    rotate,
+    rotate_halves,
+    rotate_pairs,
     rotation,
     softmax_temperature,
 )
@@ -21,7 +22,7 @@ def test_rotation_multiplies_each_pair_as_a_complex_number() -> None:
     config = RopeConfig(theta=100.0)
     x = torch.randn(2, 5, 3, 8)
     positions = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 0, 1, 2]])
-    turned = rotate(x, rotation(config, positions, dim=8))
+    turned = rotate_pairs(x, rotation(config, positions, dim=8))
     for pair in range(4):
         angle = positions * 100.0 ** (-2 * pair / 8)
         wanted = torch.view_as_complex(x[..., 2 * pair : 2 * pair + 2].contiguous())
@@ -37,7 +38,7 @@ def test_scores_depend_on_the_distance_alone() -> None:
             rotation(RopeConfig(), torch.tensor([[place]]), dim=8)
             for place in (query_place, key_place)
         ]
-        return (rotate(query, turns[0]) * rotate(key, turns[1])).sum()
+        return (rotate_pairs(query, turns[0]) * rotate_pairs(key, turns[1])).sum()
 
     torch.testing.assert_close(score(17, 11), score(106, 100), rtol=1e-4, atol=1e-5)
 
@@ -49,16 +50,16 @@ def test_gradient_equals_autograd_through_the_definition() -> None:
     as_complex = torch.view_as_complex(x.unflatten(-1, (3, 2)))
     wanted = torch.view_as_real(as_complex * torch.complex(*turn)[:, :, None]).flatten(-2)
     (wanted_grad,) = torch.autograd.grad(wanted, x, upstream)
-    (grad,) = torch.autograd.grad(rotate(x, turn), x, upstream)
+    (grad,) = torch.autograd.grad(rotate_pairs(x, turn), x, upstream)
     torch.testing.assert_close(grad, wanted_grad)
 
 
 def test_bf16_is_rotated_in_fp32() -> None:
     x = torch.randn(1, 3, 2, 4).bfloat16()
     turn = rotation(RopeConfig(), torch.tensor([[0, 1000, 30_000]]), dim=4)
-    turned = rotate(x, turn)
+    turned = rotate_pairs(x, turn)
     assert turned.dtype == torch.bfloat16
-    assert torch.equal(turned, rotate(x.float(), turn).bfloat16())
+    assert torch.equal(turned, rotate_pairs(x.float(), turn).bfloat16())
 
 
 def test_yarn_keeps_fast_pairs_and_divides_slow_ones_by_the_factor() -> None:
@@ -84,15 +85,25 @@ def test_yarns_temperature_moves_between_rotation_and_softmax() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "dim", "message"),
+    ("config", "message"),
     [
-        (RopeConfig(), 5, r"model\.attention\.rope_head_dim=5 is odd"),
-        (replace(YARN, factor=0.5), 4, r"model\.rope\.factor=0\.5 shrinks the context"),
-        (RopeConfig(factor=2.0), 4, r"model\.rope\.factor=2\.0 has no effect with .*scaling=none"),
+        (replace(YARN, factor=0.5), r"model\.rope\.factor=0\.5 shrinks the context"),
+        (RopeConfig(factor=2.0), r"model\.rope\.factor=2\.0 has no effect with .*scaling=none"),
     ],
 )
-def test_settings_without_a_rotation_are_refused(
-    config: RopeConfig, dim: int, message: str
-) -> None:
+def test_settings_without_a_rotation_are_refused(config: RopeConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_rope(config, dim=dim)
+        check_rope(config)
+
+
+def test_halves_are_pairs_in_another_order() -> None:
+    x = torch.randn(2, 5, 3, 8)
+    turn = rotation(RopeConfig(), torch.arange(5).expand(2, 5), dim=8)
+    paired = x.unflatten(-1, (2, 4)).transpose(-1, -2).flatten(-2)  # halves -> neighbours
+    turned = rotate_pairs(paired, turn).unflatten(-1, (4, 2)).transpose(-1, -2).flatten(-2)
+    torch.testing.assert_close(rotate_halves(x, turn), turned)
+
+
+def test_linear_scaling_is_position_divided_by_the_factor() -> None:
+    config = RopeConfig(scaling=RopeScaling.linear, factor=4.0)
+    assert torch.equal(pair_frequencies(config, dim=8) * 4, pair_frequencies(RopeConfig(), dim=8))

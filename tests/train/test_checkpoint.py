@@ -20,8 +20,16 @@ from train.checkpoint import (
     load,
     verify_files,
 )
-from train.manifest import MANIFEST_FILE, Fragment, Part, Piece, StoredFile, StoredTensor
-from train.manifest import merge_runs, read_manifest
+from train.manifest import (
+    MANIFEST_FILE,
+    Fragment,
+    Part,
+    Piece,
+    StoredFile,
+    StoredTensor,
+    merge_runs,
+    read_manifest,
+)
 from train.ranks import alone
 from train.tensor_file import hash_tensors, write_tensors
 

@@ -40,9 +40,7 @@ def config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 def test_greedy_tokens_are_the_likeliest_of_full_forward_passes(config: RunConfig) -> None:
     model, tokenizer, *_ = restore(Path(config.run_dir), ranks=alone())
     prompt = torch.tensor([[tokenizer.bos_id, *tokenizer.encode("def train")]])
-    got = list(
-        sample_tokens(model, prompt, max_new_tokens=12, temperature=0.0, top_p=1.0, seed=0)
-    )
+    got = list(sample_tokens(model, prompt, max_new_tokens=12, temperature=0.0, top_p=1.0, seed=0))
     tokens = prompt
     with torch.no_grad():
         for token in got:
@@ -62,9 +60,7 @@ def test_top_p_keeps_the_smallest_set_that_holds_its_share() -> None:
     generator = torch.Generator().manual_seed(0)
 
     def drawn(top_p: float) -> set[int]:
-        return {
-            draw(logits, temperature=1.0, top_p=top_p, generator=generator) for _ in range(300)
-        }
+        return {draw(logits, temperature=1.0, top_p=top_p, generator=generator) for _ in range(300)}
 
     assert drawn(0.4) == {0}
     assert drawn(0.7) == {0, 1}

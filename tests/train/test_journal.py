@@ -55,7 +55,9 @@ def test_lines_tell_numbers_and_remaining_time(capsys: pytest.CaptureFixture[str
 
 def test_a_terminal_shows_a_bar_with_the_current_numbers() -> None:
     stream = io.StringIO()
-    display = LiveDisplay(Console(file=stream, force_terminal=True, width=120, color_system=None), step=0, steps=10)
+    display = LiveDisplay(
+        Console(file=stream, force_terminal=True, width=120, color_system=None), step=0, steps=10
+    )
     display.write(record(5))
     display.write(record(5, "evaluation"))
     display.close()

@@ -9,7 +9,7 @@ from data.batches import Batch
 from data.config import FilesData
 from data.samples import IGNORED
 from data.tokenizer import TokenizerConfig
-from model.config import ModelConfig, MTPConfig
+from model.config import MLAModelConfig, ModelConfig, MTPConfig
 from model.mla import MLAConfig
 from model.moe import MoEConfig
 from model.router import RouterConfig
@@ -48,7 +48,7 @@ def tiny_model(**changes: Any) -> ModelConfig:
         ),
         "mtp": MTPConfig(depth=1),
     }
-    return ModelConfig(**values | changes)
+    return MLAModelConfig(**values | changes)
 
 
 def tiny_run(folder: Path, **changes: Any) -> RunConfig:
