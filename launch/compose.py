@@ -21,6 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from data.config import DATA_KINDS
 from launch.help import describe_groups
 from launch.mistake import MISTAKES, explain, unknown_key
+from model.config import MODEL_KINDS
+from train.config import model_schema
 from train.outcome import ExitCode
 from train.schedule import SCHEDULE_KINDS
 
@@ -115,6 +117,8 @@ def _register(schema: type[Any]) -> None:
     """Give Hydra the types: the root's, and those of the options of groups with several kinds."""
     store = ConfigStore.instance()
     store.store(name="schema", node=schema)
+    for kind in MODEL_KINDS:
+        store.store(group="model", name=f"{kind}_schema", node=model_schema(kind))
     for group, kinds in (("data", DATA_KINDS), ("schedule", SCHEDULE_KINDS)):
         for kind, node in kinds.items():
             store.store(group=group, name=f"{kind}_schema", node=node)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from data.config import DATA_KINDS
+from model.config import MODEL_KINDS
 from train.config import RunConfig, check_run
 from train.schedule import SCHEDULE_KINDS
 
@@ -37,6 +38,7 @@ def check_launched(config: LaunchedRun) -> None:
             raise ValueError(f"launch.{name}={value} must be at least 1")
     # The kind of a section is its group's choice; `schedule.kind=wsd` alone would lie.
     for group, section, kinds in (
+        ("model", config.model, MODEL_KINDS),
         ("data", config.data, DATA_KINDS),
         ("schedule", config.schedule, SCHEDULE_KINDS),
     ):

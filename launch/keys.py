@@ -10,10 +10,12 @@ from enum import Enum
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from data.config import DATA_KINDS, DataConfig
+from model.config import MODEL_KINDS, ModelConfig
 from train.schedule import SCHEDULE_KINDS, ScheduleConfig
 
 # Sections whose settings depend on the option that is chosen for their group.
 KINDS: dict[type, dict[str, type[Any]]] = {
+    ModelConfig: dict(MODEL_KINDS),
     DataConfig: dict(DATA_KINDS),
     ScheduleConfig: dict(SCHEDULE_KINDS),
 }
@@ -31,7 +33,7 @@ def list_keys(schema: type[Any], *, prefix: str = "") -> Iterator[Key]:
     """All leaves of the schema, in the order of its source."""
     hints, comments = get_type_hints(schema), read_comments(schema)
     for field in fields(schema):
-        name, hint = prefix + field.name, hints[field.name]
+        name, hint = prefix + field.name, _section_type(hints[field.name])
         if hint in KINDS:
             yield from _list_kinds(hint, prefix=f"{name}.")
         elif is_dataclass(hint):
@@ -41,18 +43,25 @@ def list_keys(schema: type[Any], *, prefix: str = "") -> Iterator[Key]:
             yield Key(name, _type_name(hint), _default(field), comments[field.name], ())
 
 
+def _section_type(hint: Any) -> Any:
+    """The dataclass of a section that may be null; any other type as it is."""
+    sections = [argument for argument in get_args(hint) if is_dataclass(argument)]
+    return sections[0] if sections else hint
+
+
 def _list_kinds(section: type[Any], *, prefix: str) -> Iterator[Key]:
-    """The keys that all kinds share, then each kind's own."""
+    """The keys that all kinds share, then those that only some have."""
     kinds = KINDS[section]
-    shared = {field.name for field in fields(section)}
-    yield from list_keys(section, prefix=prefix)
-    own: dict[tuple[str, str, str | None, str], list[str]] = {}
+    owners: dict[str, tuple[Key, list[str]]] = {}
     for kind, schema in kinds.items():
         for key in list_keys(schema, prefix=prefix):
-            if key.name.removeprefix(prefix).split(".")[0] not in shared:
-                own.setdefault(key[:4], []).append(kind)
-    for shared_values, options in own.items():
-        yield Key(*shared_values, tuple(options))
+            owners.setdefault(key.name, (key, []))[1].append(kind)
+    for key, options in owners.values():
+        if len(options) == len(kinds):
+            yield key
+    for key, options in owners.values():
+        if len(options) < len(kinds):
+            yield key._replace(options=tuple(options))
 
 
 def read_comments(schema: type[Any]) -> dict[str, str]:

@@ -21,6 +21,7 @@ class MTPConfig:
 class ModelConfig:
     """Common to all models; the kinds differ in their attention."""
 
+    #: Which attention: mla or gqa; set by the group's option.
     kind: str = "mla"
     #: Entries of the vocabulary; at least as many as the tokenizer has.
     vocab_size: int

@@ -64,8 +64,11 @@ class GQA(nn.Module):
         query, key, value = self._project(x, rotation)
         keys, values = cache.extend(key, value)  # each [B, T, G, K]
         hidden = hide_future(x.shape[1], keys.shape[1], hidden_keys=hidden_keys, device=x.device)
+        query, keys, values = (tensor.transpose(1, 2) for tensor in (query, keys, values))
         mixed = F.scaled_dot_product_attention(
-            *(tensor.transpose(1, 2) for tensor in (query, keys, values)),
+            query,
+            keys,
+            values,
             attn_mask=~hidden,
             scale=self.scale,
             enable_gqa=True,

@@ -3,7 +3,7 @@
 B batch, S sequence, D model width, V vocabulary, L MoE layers, E experts, M MTP depth.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -121,7 +121,7 @@ class Transformer(nn.Module):
         """
         turn, hidden_keys = self._place(tokens, caches[0].length, padding)
         hidden = self.embed(tokens)
-        for layer, cache in zip(self.layers, caches, strict=True):
+        for layer, cache in zip(cast(list[Block], self.layers), caches, strict=True):
             hidden = layer.decode(hidden, turn, cache, hidden_keys=hidden_keys)
         return self.norm(hidden)
 
@@ -138,7 +138,7 @@ class Transformer(nn.Module):
         `hidden` are `decode`'s states, `following` the tokens after them.
         """
         turn, hidden_keys = self._place(following, cache.length, padding)
-        mtp = self.mtp[0]
+        mtp = cast(MTP, self.mtp[0])
         return mtp.decode(hidden, self.embed(following), turn, cache, hidden_keys=hidden_keys)
 
     def predict(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:

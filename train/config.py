@@ -6,9 +6,9 @@ never compose again. In groups with several kinds (`model`, `data`, `schedule`) 
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.config import DATA_KINDS, DataConfig, check_data
@@ -54,6 +54,18 @@ def check_run(config: RunConfig, *, num_ranks: int) -> None:
     check_parallel(config.parallel, config.model, config.schedule, num_ranks=num_ranks)
 
 
+def model_schema(kind: str) -> DictConfig:
+    """The typed, empty model section of a kind.
+
+    OmegaConf forgets the type of a section within a section when it merges, as long as nothing
+    stands in it; so the attention's is put there.
+    """
+    schema = OmegaConf.structured(MODEL_KINDS[kind])
+    schema.attention = get_type_hints(MODEL_KINDS[kind])["attention"]
+    assert isinstance(schema, DictConfig)
+    return schema
+
+
 Config = TypeVar("Config", bound=RunConfig)
 
 
@@ -82,7 +94,7 @@ def write_config(config: RunConfig, path: Path) -> None:
 def typed(values: Any, schema: type[Config]) -> Config:
     """`values` (plain containers) as `schema`, with the kinds of its groups chosen by `kind`."""
     config = OmegaConf.structured(schema)
-    config.model = MODEL_KINDS[values["model"]["kind"]]
+    config.model = model_schema(values["model"]["kind"])
     config.data = DATA_KINDS[values["data"]["kind"]]
     config.schedule = SCHEDULE_KINDS[values["schedule"]["kind"]]
     filled = OmegaConf.to_object(OmegaConf.merge(config, values))

@@ -134,9 +134,9 @@ class Engine:
         is owned by exactly one rank.
         """
         for name, parameter in self.model.named_parameters():
-            mapping = parameter._hp_mapping
+            mapping = _partition(parameter)
             if mapping is None:
-                continue  # no element of this parameter is in this rank's partition
+                continue
             shape, start = self._logical_place(name, parameter)
             start += mapping.lp_fragment_address.start
             master = mapping.get_hp_fragment().detach()
@@ -190,7 +190,7 @@ class Engine:
     def _restore_masters(self, config: RunConfig) -> None:
         """Give the masters their fp32 initial values: DeepSpeed rounded the model first."""
         for name, parameter in self.model.named_parameters():
-            mapping = parameter._hp_mapping
+            mapping = _partition(parameter)
             if mapping is None:
                 continue
             value = initial_value(
@@ -202,6 +202,11 @@ class Engine:
             )
             start, master = mapping.lp_fragment_address.start, mapping.get_hp_fragment().detach()
             master.copy_(value.flatten()[start : start + master.numel()])
+
+
+def _partition(parameter: Any) -> Any:
+    """Where this rank's part of a parameter lies in ZeRO's flat partitions; None if it has none."""
+    return parameter._hp_mapping
 
 
 class _RegisteredMoE(MoE, AutoEPMoELayer):
@@ -218,8 +223,9 @@ def _register_experts(model: Transformer, *, ep_size: int, group_name: str) -> N
         if not isinstance(module, MoE):
             continue
         module.__class__ = _RegisteredMoE
-        module.ep_size = ep_size
-        module.ep_group_name = group_name
+        registered: Any = module
+        registered.ep_size = ep_size
+        registered.ep_group_name = group_name
         for parameter in module.experts.parameters():
             tags: dict[str, Any] = {
                 "allreduce": False,

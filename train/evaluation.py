@@ -72,9 +72,9 @@ def evaluate(
     )
     train_counts = read_unigram(corpus, Split.train)
     shares = ranks.gather(_measure(forward, batches, vocab_size=len(train_counts)))
-    measured = Measured(*map(sum, zip(*shares, strict=True)))
-    targets = int(measured.target_counts.sum())
-    loss = measured.nats / targets
+    target_counts = np.sum([share.target_counts for share in shares], axis=0)
+    targets = int(target_counts.sum())
+    loss = sum(share.nats for share in shares) / targets
     record = read_manifest(corpus).validation
     # Every token of a document but its first (bos) is predicted.
     predicted_per_byte = (record.tokens - record.documents) / record.text_bytes
@@ -83,7 +83,7 @@ def evaluate(
         perplexity=math.exp(min(loss, 700.0)),
         bits_per_byte=loss / math.log(2) * predicted_per_byte,
         targets=targets,
-        unigram_entropy=unigram_cross_entropy(train_counts, measured.target_counts),
+        unigram_entropy=unigram_cross_entropy(train_counts, target_counts),
     )
 
 

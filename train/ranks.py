@@ -2,13 +2,17 @@
 
 import datetime
 import os
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+T = TypeVar("T")
 
-class Ranks(NamedTuple):
+
+@dataclass(slots=True, frozen=True)
+class Ranks:
     """This process's place among all.
 
     `control` is a gloo group: agreement on the host, without touching the device. A process
@@ -36,11 +40,11 @@ class Ranks(NamedTuple):
         """Whether the claim holds on at least one rank."""
         return self.sum([int(claim)])[0] > 0
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, value: T) -> list[T]:
         """Every rank's value, in the order of ranks, on every rank (plain data only)."""
         if self.control is None:
             return [value]
-        values: list[object] = [None] * self.count
+        values = [value] * self.count
         dist.all_gather_object(values, value, group=self.control)
         return values
 
