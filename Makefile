@@ -7,8 +7,7 @@ INSTALLED := $(VENV)/installed
 endif
 export NO_MKDOCS_2_WARNING := 1
 TORCH := torch==2.13.0
-HAS_export NO_MKDOCS_2_WARNING := 1
-TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+HAS_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 
 .PHONY: help install demo test test-all check docs bench gpu-check
 .DEFAULT_GOAL := help
