@@ -1,5 +1,7 @@
 from pathlib import Path
 
+# What deepspeed.initialize imports late (with all of torch's compiler), once, before ranks fork.
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import pytest
 
 from data.prepare import prepare
