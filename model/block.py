@@ -15,6 +15,7 @@ from model.ffn import SwiGLU
 from model.gqa import GQA, GQAConfig
 from model.mla import MLA, MLAConfig
 from model.moe import MoE
+from model.norm import RMSNorm
 from model.rope import Rotation, softmax_temperature
 
 
@@ -31,9 +32,9 @@ class Block(nn.Module):
         self, config: ModelConfig, *, is_dense: bool, expert_group: dist.ProcessGroup | None
     ) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = build_attention(config)
-        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn: SwiGLU | MoE
         if is_dense:
             self.ffn = SwiGLU(config.dim, config.ffn_dim)

@@ -6,7 +6,8 @@ rotated key (MLA), or keys and values of its heads (GQA).
 
 from typing import NamedTuple
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 
@@ -39,6 +40,18 @@ class Cache:
         """Drop the newest tokens."""
         assert 0 <= count <= self.length
         self.length -= count
+
+    def shift(self, places: Int64[Tensor, " B"]) -> None:
+        """Move each row's tokens to the right, or to the left where `places` is negative.
+
+        What moves out at one end is lost; what comes in at the other means nothing.
+        """
+        assert self._storage is not None, "there is something to move"
+        sources = torch.arange(self.length, device=places.device) - places[:, None]
+        sources = sources.clamp(0, self.length - 1)  # [B, T]
+        rows = torch.arange(len(places), device=places.device)[:, None]
+        for storage in self._storage:
+            storage[:, : self.length] = storage[rows, sources]
 
     def nbytes(self) -> int:
         """Bytes of storage, held or free."""

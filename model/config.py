@@ -70,6 +70,9 @@ def check_model(config: ModelConfig) -> None:
     for name in ("vocab_size", "dim", "num_layers", "ffn_dim"):
         if getattr(config, name) < 1:
             raise ValueError(f"model.{name}={getattr(config, name)} must be at least 1")
+    for name in ("init_std", "norm_eps"):
+        if getattr(config, name) <= 0:
+            raise ValueError(f"model.{name}={getattr(config, name)} must be positive")
     if not 0 <= config.num_dense_layers <= config.num_layers:
         raise ValueError(
             f"model.num_dense_layers={config.num_dense_layers} must lie between 0 and "

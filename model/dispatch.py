@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -136,13 +137,14 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tensor, order: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(order)
         ctx.top_k = top_k
-        return tokens[order // top_k]
+        return tokens.index_select(0, order // top_k)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (order,) = ctx.saved_tensors
-        return grad[invert(order)].unflatten(0, (-1, ctx.top_k)).sum(dim=1), None, None
+        rows_of_token = invert(order).unflatten(0, (-1, ctx.top_k))
+        return F.embedding_bag(rows_of_token, grad, mode="sum"), None, None
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -151,18 +153,17 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, outputs: Tensor, weights: Tensor, order: Tensor) -> Tensor:
         ctx.save_for_backward(outputs, weights, order)
-        by_token = outputs[invert(order)].unflatten(0, weights.shape)  # [T, K, D]
-        return torch.bmm(weights[:, None], by_token)[:, 0]
+        rows_of_token = invert(order).view_as(weights)
+        return F.embedding_bag(rows_of_token, outputs, mode="sum", per_sample_weights=weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         outputs, weights, order = ctx.saved_tensors
-        by_row = grad[order // weights.shape[1]]
-        grad_outputs = by_row * weights.flatten()[order, None]
+        by_row = grad.index_select(0, order // weights.shape[1])
         grad_weights = torch.empty_like(weights)
-        grad_weights.view(-1)[order] = torch.linalg.vecdot(by_row, outputs)
-        return grad_outputs, grad_weights, None
+        grad_weights.view(-1)[order] = torch.bmm(by_row[:, None], outputs[:, :, None])[:, 0, 0]
+        return by_row.mul_(weights.flatten()[order, None]), grad_weights, None
 
 
 class _Reorder(torch.autograd.Function):
@@ -171,13 +172,13 @@ class _Reorder(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor) -> Tensor:
         ctx.save_for_backward(order)
-        return rows[order]
+        return rows.index_select(0, order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (order,) = ctx.saved_tensors
-        return grad[invert(order)], None
+        return grad.index_select(0, invert(order)), None
 
 
 class _Exchange(torch.autograd.Function):

@@ -4,11 +4,10 @@ N rows sorted by expert, E experts on this rank, D model width, F an expert's in
 """
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from model.grouped import grouped_product
+from model.grouped import grouped_swiglu
 
 
 class Experts(nn.Module):
@@ -23,6 +22,4 @@ class Experts(nn.Module):
 
     def forward(self, rows: Float[Tensor, "N D"], counts: list[int]) -> Float[Tensor, "N D"]:
         """Each expert's output for its own run of rows; `counts` gives the runs' lengths."""
-        gate = grouped_product(rows, self.gate, counts)
-        up = grouped_product(rows, self.up, counts)
-        return grouped_product(F.silu(gate) * up, self.down, counts)
+        return grouped_swiglu(rows, self.gate, self.up, self.down, counts=counts)

@@ -1,6 +1,6 @@
-"""Grouped matrix product: each expert's rows times its own matrix.
+"""Grouped SwiGLU: each expert's rows through its own network.
 
-N rows sorted by expert, E experts, I and O the widths in and out.
+N rows sorted by expert, E experts, D model width, F an expert's inner width.
 """
 
 from typing import Any
@@ -12,49 +12,64 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def grouped_product(
-    rows: Float[Tensor, "N I"], weights: Float[Tensor, "E O I"], counts: list[int]
-) -> Float[Tensor, "N O"]:
-    """`rows @ weights[e].T` for each expert's run of rows; `counts` sum to N.
+def grouped_swiglu(
+    rows: Float[Tensor, "N D"],
+    gate: Float[Tensor, "E F D"],
+    up: Float[Tensor, "E F D"],
+    down: Float[Tensor, "E D F"],
+    *,
+    counts: list[int],
+) -> Float[Tensor, "N D"]:
+    """`down (silu(gate x) * up x)` for each row x, with the matrices of its expert.
 
-    An expert without rows still takes part: its weights get a gradient of zeros, never none,
-    which ZeRO relies on. On GPUs torch's `grouped_mm` does it in one kernel (BF16 only); on the
-    CPU a loop over segments into one buffer is as fast (`python -m bench.grouped`).
+    Expert e owns the next `counts[e]` rows. An expert without rows still takes part: its weights
+    get gradients of zeros, never none, which ZeRO relies on. On GPUs torch's `grouped_mm` does
+    each product in one kernel (BF16 only); on the CPU, in fp32, a loop that keeps an expert's rows
+    in the cache is faster (`python -m bench.grouped`).
     """
     if rows.is_cuda and rows.dtype == torch.bfloat16:
         ends = torch.tensor(counts, device=rows.device).cumsum(0, dtype=torch.int32)
-        return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
-    product: Tensor = _SegmentProduct.apply(rows, weights, counts)
-    return product
+        gated = F.grouped_mm(rows, gate.transpose(1, 2), offs=ends)
+        upped = F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
+        return F.grouped_mm(F.silu(gated) * upped, down.transpose(1, 2), offs=ends)
+    outputs: Tensor = _SwiGLULoop.apply(rows, gate, up, down, counts)
+    return outputs
 
 
-class _SegmentProduct(torch.autograd.Function):
-    """The loop over segments, forward and backward, each into one preallocated buffer."""
+class _SwiGLULoop(torch.autograd.Function):
+    """One expert after another: its rows stay in the cache from the first product to the last."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
-        ctx.save_for_backward(rows, weights)
+    def forward(
+        ctx: Any, rows: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: list[int]
+    ) -> Tensor:
+        gated, upped = (rows.new_empty(rows.shape[0], gate.shape[1]) for _ in range(2))
+        outputs = torch.empty_like(rows)
+        of_experts = (tensor.split(counts) for tensor in (rows, gated, upped, outputs))
+        for x, g, u, y, w_gate, w_up, w_down in zip(*of_experts, gate, up, down, strict=True):
+            torch.mm(x, w_gate.t(), out=g)
+            torch.mm(x, w_up.t(), out=u)
+            torch.mm(F.silu(g).mul_(u), w_down.t(), out=y)
+        ctx.save_for_backward(rows, gated, upped, gate, up, down)
         ctx.counts = counts
-        out = rows.new_empty(rows.shape[0], weights.shape[1])
-        for mine, weight, result in zip(
-            rows.split(counts), weights, out.split(counts), strict=True
-        ):
-            torch.mm(mine, weight.t(), out=result)
-        return out
+        return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, None]:
-        rows, weights = ctx.saved_tensors
-        grad_rows, grad_weights = torch.empty_like(rows), torch.empty_like(weights)
-        for mine, weight, grad, grad_mine, grad_weight in zip(
-            rows.split(ctx.counts),
-            weights,
-            grad_out.split(ctx.counts),
-            grad_rows.split(ctx.counts),
-            grad_weights,
-            strict=True,
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, gated, upped, *weights = ctx.saved_tensors
+        grad_rows = torch.empty_like(rows)
+        grad_weights = [torch.empty_like(weight) for weight in weights]
+        of_experts = (tensor.split(ctx.counts) for tensor in (rows, gated, upped, grad, grad_rows))
+        for x, g, u, dy, dx, w_gate, w_up, w_down, dw_gate, dw_up, dw_down in zip(
+            *of_experts, *weights, *grad_weights, strict=True
         ):
-            torch.mm(grad, weight, out=grad_mine)
-            torch.mm(grad.t(), mine, out=grad_weight)
-        return grad_rows, grad_weights, None
+            activated = F.silu(g)
+            torch.mm(dy.t(), activated * u, out=dw_down)
+            d_inner = dy @ w_down
+            du = activated.mul_(d_inner)
+            dg = torch.ops.aten.silu_backward(d_inner.mul_(u), g)
+            torch.mm(dg.t(), x, out=dw_gate)
+            torch.mm(du.t(), x, out=dw_up)
+            torch.mm(dg, w_gate, out=dx).addmm_(du, w_up)
+        return grad_rows, *grad_weights, None

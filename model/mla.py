@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from model.attention import AttentionConfig, attend, hide_future
 from model.cache import Cache
+from model.norm import RMSNorm
 from model.rope import Rotation, rotate_pairs
 
 
@@ -56,10 +57,10 @@ class MLA(nn.Module):
             self.q_up = nn.Linear(dim, query_width, bias=False)
         else:
             self.q_down = nn.Linear(dim, config.q_lora_rank, bias=False)
-            self.q_norm = nn.RMSNorm(config.q_lora_rank, eps=norm_eps)
+            self.q_norm = RMSNorm(config.q_lora_rank, eps=norm_eps)
             self.q_up = nn.Linear(config.q_lora_rank, query_width, bias=False)
         self.kv_down = nn.Linear(dim, config.kv_lora_rank + config.rope_head_dim, bias=False)
-        self.kv_norm = nn.RMSNorm(config.kv_lora_rank, eps=norm_eps)
+        self.kv_norm = RMSNorm(config.kv_lora_rank, eps=norm_eps)
         self.kv_up = nn.Linear(
             config.kv_lora_rank,
             config.num_heads * (config.nope_head_dim + config.v_head_dim),

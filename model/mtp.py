@@ -13,6 +13,7 @@ from model.block import Block, BlockOutput
 from model.cache import Cache
 from model.config import ModelConfig
 from model.loss import IGNORED
+from model.norm import RMSNorm
 from model.rope import Rotation
 
 
@@ -26,12 +27,12 @@ class MTP(nn.Module):
 
     def __init__(self, config: ModelConfig, *, expert_group: dist.ProcessGroup | None) -> None:
         super().__init__()
-        self.embed_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.hidden_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.embed_norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.hidden_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.project = nn.Linear(2 * config.dim, config.dim, bias=False)
         is_dense = config.num_dense_layers == config.num_layers
         self.block = Block(config, is_dense=is_dense, expert_group=expert_group)
-        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
 
     def forward(
         self,

@@ -55,6 +55,11 @@ class Rotation(NamedTuple):
 
 def check_rope(config: RopeConfig) -> None:
     """Refuse, with a ValueError, settings under which no rotation exists."""
+    if config.theta <= 1.0 or config.original_seq_len < 1:
+        raise ValueError(
+            f"model.rope.theta={config.theta} must exceed 1 and model.rope.original_seq_len="
+            f"{config.original_seq_len} be at least 1; 10000 and 4096 are usual"
+        )
     if config.factor < 1.0:
         raise ValueError(
             f"model.rope.factor={config.factor} shrinks the context; choose a factor >= 1"
@@ -73,7 +78,8 @@ def check_rope(config: RopeConfig) -> None:
 
 def rotation(config: RopeConfig, positions: Int64[Tensor, "B S"], *, dim: int) -> Rotation:
     """Cosine and sine for each position; fp32 whatever the model's precision."""
-    frequencies = pair_frequencies(config, dim=dim).to(positions.device)
+    with positions.device:
+        frequencies = pair_frequencies(config, dim=dim)
     angles = positions[..., None].float() * frequencies
     magnitude = _temperature(config, config.mscale)
     if config.mscale_all_dim:
@@ -83,10 +89,10 @@ def rotation(config: RopeConfig, positions: Int64[Tensor, "B S"], *, dim: int) -
 
 def rotate_pairs(x: Float[Tensor, "B S H R"], by: Rotation) -> Float[Tensor, "B S H R"]:
     """Turn the pairs (x0, x1), (x2, x3), ... of `x`: DeepSeek's published MLA weights."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # each [B, S, H, P]
-    cos, sin = by.cos[:, :, None], by.sin[:, :, None]
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    x32 = x.float().contiguous()  # a slice at an odd place has no view as pairs
+    pairs = torch.view_as_complex(x32.unflatten(-1, (-1, 2)))  # [B, S, H, P]
+    turned = pairs * torch.complex(by.cos, by.sin)[:, :, None]
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 def rotate_halves(x: Float[Tensor, "B S H R"], by: Rotation) -> Float[Tensor, "B S H R"]:

@@ -17,6 +17,7 @@ from model.cache import Cache
 from model.config import ModelConfig
 from model.loss import summed_cross_entropy
 from model.mtp import MTP, shift_back, shift_targets
+from model.norm import RMSNorm
 from model.rope import Rotation, rotation
 from model.router import Router
 
@@ -40,7 +41,7 @@ class Transformer(nn.Module):
         expert_group: dist.ProcessGroup | None = None,
         recompute: bool = False,
     ) -> None:
-        """Weights are left empty: `model.init.initialise` or a checkpoint fills them."""
+        """Weights mean nothing yet: `model.init.initialise` or a checkpoint fills them."""
         super().__init__()
         self.config = config
         self.recompute = recompute
@@ -49,7 +50,7 @@ class Transformer(nn.Module):
             Block(config, is_dense=i < config.num_dense_layers, expert_group=expert_group)
             for i in range(config.num_layers)
         )
-        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.head: nn.Linear | None = None
         if not config.tie_embedding:
             self.head = nn.Linear(config.dim, config.vocab_size, bias=False)

@@ -1,26 +1,38 @@
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from model.grouped import grouped_product
+from model.grouped import grouped_swiglu
+
+
+def _inputs(num_rows: int) -> list[Tensor]:
+    shapes = [(num_rows, 5), (4, 6, 5), (4, 6, 5), (4, 5, 6)]
+    return [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 4, 1], [0, 0, 0, 8], [8, 0, 0, 0], [0, 0, 0, 0]])
-def test_product_and_gradients_equal_a_loop_of_products(counts: list[int]) -> None:
-    rows = torch.randn(sum(counts), 5, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(4, 6, 5, dtype=torch.float64, requires_grad=True)
-    wanted = torch.cat([r @ w.t() for r, w in zip(rows.split(counts), weights, strict=True)])
+def test_outputs_and_gradients_equal_a_loop_of_products(counts: list[int]) -> None:
+    inputs = rows, *weights = _inputs(sum(counts))
+    wanted = torch.cat(
+        [
+            (F.silu(x @ gate.t()) * (x @ up.t())) @ down.t()
+            for x, gate, up, down in zip(rows.split(counts), *weights, strict=True)
+        ]
+    )
     upstream = torch.randn_like(wanted)
-    wanted_grads = torch.autograd.grad(wanted, (rows, weights), upstream)
-    product = grouped_product(rows, weights, counts)
-    torch.testing.assert_close(product, wanted)
-    grads = torch.autograd.grad(product, (rows, weights), upstream)
+    wanted_grads = torch.autograd.grad(wanted, inputs, upstream)
+
+    outputs = grouped_swiglu(*inputs, counts=counts)
+    torch.testing.assert_close(outputs, wanted)
+    grads = torch.autograd.grad(outputs, inputs, upstream)
     torch.testing.assert_close(grads, wanted_grads)
 
 
 def test_an_expert_without_rows_gets_zeros_not_none() -> None:
-    rows = torch.randn(4, 5, requires_grad=True)
-    weights = torch.randn(3, 6, 5, requires_grad=True)
-    grouped_product(rows, weights, [4, 0, 0]).sum().backward()
-    assert weights.grad is not None
-    assert weights.grad[0].any()
-    assert torch.equal(weights.grad[1:], torch.zeros(2, 6, 5))
+    rows, *weights = _inputs(4)
+    grouped_swiglu(rows, *weights, counts=[4, 0, 0, 0]).sum().backward()
+    for weight in weights:
+        assert weight.grad is not None
+        assert weight.grad[0].any()
+        assert not weight.grad[1:].any()

@@ -8,7 +8,7 @@ from model.loss import IGNORED, summed_cross_entropy
 
 @pytest.fixture(params=[1, 5, 1000])
 def chunk_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * 30 * request.param)
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 4 * 30 * request.param)
 
 
 @pytest.mark.usefixtures("chunk_rows")

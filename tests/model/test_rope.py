@@ -30,6 +30,13 @@ def test_rotation_multiplies_each_pair_as_a_complex_number() -> None:
         torch.testing.assert_close(turned[..., 2 * pair : 2 * pair + 2], torch.view_as_real(wanted))
 
 
+def test_slices_at_odd_places_are_rotated_too() -> None:
+    wide = torch.randn(2, 3, 1, 9)
+    turn = rotation(RopeConfig(), torch.arange(3).expand(2, 3), dim=4)
+    wanted = rotate_pairs(wide[..., 5:].clone(), turn)
+    assert torch.equal(rotate_pairs(wide[..., 5:], turn), wanted)
+
+
 def test_scores_depend_on_the_distance_alone() -> None:
     query, key = torch.randn(2, 1, 1, 1, 8)
 

@@ -1,0 +1,81 @@
+"""The model on a CUDA device equals the model on the CPU (`make gpu-check`)."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.cache import Cache
+from model.grouped import grouped_swiglu
+from model.loss import IGNORED, summed_cross_entropy
+from tests.model.small import packed_batch, small_config, small_model
+
+pytestmark = pytest.mark.gpu
+
+SEGMENTS = [[9, 3], [12]]
+
+
+@pytest.fixture(autouse=True)
+def _exact_fp32() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def assert_near(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    got = got.float().cpu()
+    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_losses_and_gradients_equal_the_cpus() -> None:
+    batch = packed_batch(SEGMENTS)
+    lengths = [length for row in SEGMENTS for length in row]
+    here = small_model(small_config(mtp_depth=1))
+    there = small_model(small_config(mtp_depth=1)).cuda()
+    sums = here(*batch, segments=lengths)
+    sums_there = there(*(tensor.cuda() for tensor in batch), segments=lengths)
+    assert torch.equal(sums.load, sums_there.load.cpu())
+    for ours, theirs in zip(sums[:3], sums_there[:3], strict=True):
+        assert_near(theirs, ours, 1e-5)
+    (sums.loss + sums.mtp_loss.sum()).backward()
+    (sums_there.loss + sums_there.mtp_loss.sum()).backward()
+    for name, parameter in here.named_parameters():
+        if parameter.grad is not None and parameter.grad.abs().max() > 1e-6:
+            grad = there.get_parameter(name).grad
+            assert grad is not None, name
+            assert_near(grad, parameter.grad, 1e-4)
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 11, 1], [0, 0, 0, 17], [4, 4, 4, 5]])
+def test_grouped_experts_in_bf16_equal_the_cpus_also_without_rows(counts: list[int]) -> None:
+    shapes = [(17, 64), (4, 32, 64), (4, 32, 64), (4, 64, 32)]
+    here = [torch.randn(shape).mul(0.3).bfloat16().requires_grad_() for shape in shapes]
+    there = [tensor.detach().cuda().requires_grad_() for tensor in here]
+    expected = grouped_swiglu(*here, counts=counts)
+    got = grouped_swiglu(*there, counts=counts)
+    assert_near(got, expected.float(), 2e-2)
+    upstream = torch.randn_like(expected)
+    expected.backward(upstream)
+    got.backward(upstream.cuda())
+    for ours, theirs in zip(here, there, strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert_near(theirs.grad, ours.grad.float(), 2e-2)
+
+
+def test_the_loss_in_slices_equals_cross_entropy() -> None:
+    hidden = torch.randn(300, 64, device="cuda", requires_grad=True)
+    head = torch.randn(1000, 64, device="cuda", requires_grad=True)
+    targets = torch.randint(1000, (300,), device="cuda")
+    targets[::7] = IGNORED
+    grads = torch.autograd.grad(summed_cross_entropy(hidden, head, targets), (hidden, head))
+    plain = F.cross_entropy(hidden @ head.t(), targets, reduction="sum", ignore_index=IGNORED)
+    for got, expected in zip(grads, torch.autograd.grad(plain, (hidden, head)), strict=True):
+        assert_near(got, expected.cpu(), 1e-4)
+
+
+@torch.no_grad()
+def test_decoding_equals_the_full_forward() -> None:
+    config = small_config()
+    model = small_model(config).cuda()
+    tokens = torch.randint(config.vocab_size, (2, 12), device="cuda")
+    caches = [Cache(capacity=12) for _ in model.layers]
+    states = [model.decode(new, caches) for new in tokens.split([7, 1, 4], dim=1)]
+    assert_near(model.predict(torch.cat(states, dim=1)), model.logits(tokens).cpu(), 1e-4)
