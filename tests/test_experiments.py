@@ -1,10 +1,15 @@
 """Every experiment, and every option of every group, composes into a run that can be started."""
 
+from bisect import bisect_right
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from launch.config import LaunchedRun
 from tests.command import compose
+from train.schedule import batch_size, learning_rate, model_at
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
@@ -16,11 +21,29 @@ OPTIONS = sorted(
 
 # What an option leaves for the user to choose.
 CHOSEN = {"data=files": ["data.paths=[a.txt]"], "data=hub": ["data.name=a/b"]}
+# Experiments that continue another run.
+CONTINUED = {"recipe_coder_v2", "recipe_coder_v2_lite"} | {
+    name for name in EXPERIMENTS if name.startswith("extend_")
+}
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_an_experiment_composes_into_a_valid_run(experiment: str) -> None:
-    compose(f"experiment={experiment}")
+@cache
+def experiment(name: str) -> LaunchedRun:
+    return compose(f"experiment={name}", *["init_from=runs/other"] * (name in CONTINUED))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_composes_into_a_valid_run(name: str) -> None:
+    experiment(name)
+
+
+@pytest.mark.parametrize("name", sorted(CONTINUED))
+def test_an_experiment_that_continues_another_run_asks_for_it(
+    name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        compose(f"experiment={name}")
+    assert "init_from is empty; give the folder of the run" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -39,3 +62,141 @@ def test_the_demo_is_what_it_promises() -> None:
     assert config.model.moe.num_experts >= 16
     assert config.model.mtp.depth == 1
     assert config.schedule.steps >= 300
+
+
+class Published(NamedTuple):
+    """What a paper says of a run, at numbers of tokens."""
+
+    tokens: float
+    rates: list[tuple[float, float]]  # (tokens, learning rate)
+    batches: list[tuple[float, int]]  # (tokens, sequences)
+
+
+COSINE_MIDDLE = (2.2e-4 + 2.2e-5) / 2
+RECIPES = {
+    "recipe_v3": Published(  # arXiv:2412.19437, 4.2
+        14.8e12,
+        [
+            (0.1e12, 2.2e-4),
+            (9.99e12, 2.2e-4),
+            (12.15e12, COSINE_MIDDLE),
+            (14.31e12, 2.2e-5),
+            (14.63e12, 2.2e-5),
+            (14.64e12, 7.3e-6),
+            (14.79e12, 7.3e-6),
+        ],
+        [(0, 3072), (470e9, 15360), (14.7e12, 15360)],
+    ),
+    "recipe_v2": Published(  # arXiv:2405.04434, 3.1.2
+        8.1e12,
+        [
+            (0.599 * 8.1e12, 2.4e-4),
+            (0.601 * 8.1e12, 2.4e-4 * 0.316),
+            (0.899 * 8.1e12, 2.4e-4 * 0.316),
+            (0.901 * 8.1e12, 2.4e-4 * 0.316**2),
+        ],
+        [(0, 2304), (226e9, 9216)],
+    ),
+    "recipe_v2_lite": Published(  # arXiv:2405.04434, appendix B
+        5.7e12,
+        [
+            (0.799 * 5.7e12, 4.2e-4),
+            (0.801 * 5.7e12, 4.2e-4 * 0.316),
+            (0.901 * 5.7e12, 4.2e-4 * 0.316**2),
+        ],
+        [(0, 4608), (5e12, 4608)],
+    ),
+    "recipe_llm_7b": Published(  # arXiv:2401.02954, 2.3
+        2e12,
+        [(1.59e12, 4.2e-4), (1.61e12, 4.2e-4 * 0.316), (1.81e12, 4.2e-5)],
+        [(0, 2304)],
+    ),
+    "recipe_llm_67b": Published(
+        2e12,
+        [(1.59e12, 3.2e-4), (1.61e12, 3.2e-4 * 0.316), (1.81e12, 3.2e-5)],
+        [(0, 4608)],
+    ),
+    "recipe_coder_1b3": Published(2e12, [(1e12, 5.3e-4), (1.99e12, 5.3e-5)], [(0, 1024)]),
+    "recipe_coder_6b7": Published(2e12, [(1e12, 4.2e-4), (1.99e12, 4.2e-5)], [(0, 2304)]),
+    "recipe_coder_33b": Published(2e12, [(1e12, 3.5e-4), (1.99e12, 3.5e-5)], [(0, 3840)]),
+    "recipe_coder_v2": Published(6e12, [(0.1e12, 2.4e-4), (6e12 - 1e8, 2.4e-5)], [(0, 9216)]),
+    "recipe_coder_v2_lite": Published(6e12, [(0.1e12, 4.2e-4), (6e12 - 1e8, 4.2e-5)], [(0, 4608)]),
+}
+
+
+def tokens_before(name: str, step: int) -> int:
+    """How many tokens the run has seen when `step` begins."""
+    config = experiment(name)
+    ramp = min(step, config.schedule.batch_ramp.steps)
+    sequences = sum(batch_size(config.schedule, earlier) for earlier in range(ramp))
+    return config.data.seq_len * (sequences + config.schedule.batch_size * (step - ramp))
+
+
+def step_at(name: str, tokens: float) -> int:
+    """The step in which the run sees its `tokens`-th token."""
+    steps = range(experiment(name).schedule.steps)
+    return bisect_right(steps, tokens, key=lambda step: tokens_before(name, step)) - 1
+
+
+def test_every_recipe_is_compared_with_its_paper() -> None:
+    assert {name for name in EXPERIMENTS if name.startswith("recipe_")} == RECIPES.keys()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_comes_to_the_published_values_at_the_published_tokens(name: str) -> None:
+    published, schedule = RECIPES[name], experiment(name).schedule
+    assert tokens_before(name, schedule.steps) == pytest.approx(published.tokens, rel=1e-4)
+    assert learning_rate(schedule, 1999) == schedule.peak_lr
+    assert learning_rate(schedule, 999) == schedule.peak_lr / 2
+    for tokens, rate in published.rates:
+        assert learning_rate(schedule, step_at(name, tokens)) == pytest.approx(rate, rel=2e-3)
+    for tokens, size in published.batches:
+        assert batch_size(schedule, step_at(name, tokens)) == size
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_starts_with_the_optimizer_and_context_of_its_paper(name: str) -> None:
+    config = experiment(name)
+    optimizer = config.optimizer
+    assert (optimizer.beta1, optimizer.beta2) == (0.9, 0.95)
+    assert (optimizer.weight_decay, optimizer.clip_norm) == (0.1, 1.0)
+    assert config.model.init_std == 0.006
+    assert config.data.seq_len == 4096
+    assert config.model.rope.scaling == "none"
+    assert config.model.rope.theta == 1e4
+
+
+def test_v3s_recipe_changes_its_weights_at_the_published_tokens() -> None:
+    config = experiment("recipe_v3")
+
+    def at(tokens: float) -> tuple[float, float]:
+        model = model_at(config.model, config.schedule, step_at("recipe_v3", tokens))
+        assert model.moe is not None
+        return model.mtp.loss_weight, model.moe.router.bias_update_speed
+
+    assert at(0) == at(9.999e12) == (0.3, 0.001)
+    assert at(10.001e12) == at(14.299e12) == (0.1, 0.001)
+    assert at(14.301e12) == (0.1, 0.0)
+    assert config.model.moe is not None
+    assert config.model.moe.balance_loss_weight == 1e-4
+
+
+def test_v3s_extension_has_the_published_phases() -> None:
+    for name, seq_len, sequences in (
+        ("extend_32k", 32 * 1024, 1920),
+        ("extend_128k", 128 * 1024, 480),
+    ):
+        config = experiment(name)
+        schedule, rope = config.schedule, config.model.rope
+        assert config.data.seq_len == seq_len
+        assert (schedule.steps, schedule.batch_size) == (1000, sequences)
+        assert {learning_rate(schedule, step) for step in range(1000)} == {7.3e-6}
+        assert (rope.scaling, rope.factor, rope.original_seq_len) == ("yarn", 40, 4096)
+        assert (rope.beta_fast, rope.beta_slow) == (32, 1)
+        assert seq_len <= rope.factor * rope.original_seq_len
+
+
+def test_an_experiments_model_can_be_exchanged() -> None:
+    config = compose("experiment=extend_32k", "init_from=runs/other", "model=moe_1b")
+    assert config.model.dim == 896
+    assert config.model.rope.scaling == "yarn"

@@ -1,9 +1,11 @@
-"""What changes over a run: learning rate and batch size, pure functions of the step."""
+"""What changes over a run: rate, batch size, loss weights; pure functions of the step."""
 
 import math
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+
+from model.config import ModelConfig
 
 
 @dataclass(slots=True, kw_only=True)
@@ -14,6 +16,26 @@ class BatchRampConfig:
     steps: int = 0
     #: The batch grows by multiples of this many sequences; every layout must divide it.
     increment: int = 1
+
+
+@dataclass(slots=True, kw_only=True)
+class ChangeConfig:
+    #: Steps from which each of `values` holds, until the next one's; rising.
+    steps: list[int] = field(default_factory=list)
+    #: The values, one for each of `steps`.
+    values: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True, kw_only=True)
+class ChangesConfig:
+    """Settings that take other values in the course of the run."""
+
+    #: The learning rate, in place of what the schedule's shape says.
+    learning_rate: ChangeConfig = field(default_factory=ChangeConfig)
+    #: model.mtp.loss_weight.
+    mtp_loss_weight: ChangeConfig = field(default_factory=ChangeConfig)
+    #: model.moe.router.bias_update_speed.
+    bias_update_speed: ChangeConfig = field(default_factory=ChangeConfig)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,6 +54,8 @@ class ScheduleConfig:
     peak_lr: float
     #: Steps of linear warm-up from 0 to `peak_lr`.
     warmup_steps: int = 0
+    #: Values that change at given steps.
+    changes: ChangesConfig = field(default_factory=ChangesConfig)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -87,8 +111,30 @@ SCHEDULE_KINDS: dict[str, type[ScheduleConfig]] = {
 def learning_rate(config: ScheduleConfig, step: int) -> float:
     """Learning rate of the update that takes the run from `step` to `step + 1`."""
     if step < config.warmup_steps:
-        return config.peak_lr * (step + 1) / config.warmup_steps
-    return config.peak_lr * _ratio(config, step)
+        rate = config.peak_lr * (step + 1) / config.warmup_steps
+    else:
+        rate = config.peak_lr * _ratio(config, step)
+    return _changed(rate, config.changes.learning_rate, step)
+
+
+def model_at(config: ModelConfig, schedule: ScheduleConfig, step: int) -> ModelConfig:
+    """The model's config with the values that the schedule's changes give it at `step`."""
+    changes = schedule.changes
+    if changes.mtp_loss_weight.steps:
+        weight = _changed(config.mtp.loss_weight, changes.mtp_loss_weight, step)
+        config = replace(config, mtp=replace(config.mtp, loss_weight=weight))
+    if changes.bias_update_speed.steps and config.moe is not None:
+        router = config.moe.router
+        speed = _changed(router.bias_update_speed, changes.bias_update_speed, step)
+        router = replace(router, bias_update_speed=speed)
+        config = replace(config, moe=replace(config.moe, router=router))
+    return config
+
+
+def _changed(value: float, change: ChangeConfig, step: int) -> float:
+    """`value`, or what the last change up to `step` made of it."""
+    past = bisect_right(change.steps, step)
+    return change.values[past - 1] if past else value
 
 
 def _ratio(config: ScheduleConfig, step: int) -> float:
@@ -131,7 +177,11 @@ def check_schedule(config: ScheduleConfig) -> None:
             f"schedule.warmup_steps={config.warmup_steps} must lie between 0 and "
             f"schedule.steps={config.steps}"
         )
+    final_ratio = getattr(config, "final_ratio", 0.0)
+    if final_ratio < 0:
+        raise ValueError(f"schedule.final_ratio={final_ratio} must not be negative")
     _check_ramp(config)
+    _check_changes(config)
     match config:
         case CosineSchedule():
             used = config.warmup_steps + config.constant_steps + (config.decay_steps or 0)
@@ -175,3 +225,17 @@ def _check_ramp(config: ScheduleConfig) -> None:
             f"{ramp.start} to schedule.batch_size={config.batch_size}; choose a divisor of "
             f"{config.batch_size - ramp.start}"
         )
+
+
+def _check_changes(config: ScheduleConfig) -> None:
+    for name in ("learning_rate", "mtp_loss_weight", "bias_update_speed"):
+        key, change = f"schedule.changes.{name}", getattr(config.changes, name)
+        rising = all(a < b for a, b in pairwise((-1, *change.steps, config.steps)))
+        if len(change.steps) != len(change.values) or not rising:
+            raise ValueError(
+                f"{key}.steps={change.steps} must rise from 0 to at most {config.steps - 1} "
+                f"(schedule.steps={config.steps}) and have one value each, but "
+                f"{key}.values={change.values}"
+            )
+        if any(value < 0 for value in change.values):
+            raise ValueError(f"{key}.values={change.values} must not be negative")
