@@ -20,18 +20,21 @@ install: $(INSTALLED) ## .venv with everything
 # torch comes before DeepSpeed, whose setup looks for it; no C++ extension is compiled.
 $(VENV)/installed: pyproject.toml
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
-	$(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null || $(PYTHON) -m pip install '$(TORCH)'
-	$(PYTHON) -m pip install setuptools wheel
-	DS_BUILD_OPS=0 $(PYTHON) -m pip install --no-build-isolation -e '.[dev]'
+	$(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null || $(PYTHON) -m pip install --quiet '$(TORCH)'
+	$(PYTHON) -m pip install --quiet setuptools wheel
+	DS_BUILD_OPS=0 $(PYTHON) -m pip install --quiet --no-build-isolation -e '.[dev]'
 	touch $@
 
 demo: $(INSTALLED) ## train a small model on two ranks, interrupt, resume, evaluate, generate
 	$(PYTHON) -m launch.demo
 
 test: $(INSTALLED) ## the tests (minutes)
-	$(PYTHON) -m pytest -q
+	$(PYTHON) -m pytest -q -n 2
 
 test-all: $(INSTALLED) ## the slow tests too
+ifdef INSTALLED
+	$(PYTHON) -m pip install --quiet --no-build-isolation -e '.[harness]'
+endif
 	$(PYTHON) -m pytest -q -m 'not gpu and not cluster'
 
 check: $(INSTALLED) ## format, lint, types, docs

@@ -68,6 +68,9 @@ def run_jobs(
             return
         try:
             results.append(Result(job, run(job), ""))
+        except KeyboardInterrupt:
+            print("interrupted before the ranks were started", file=sys.stderr)
+            results.append(Result(job, ExitCode.INTERRUPTED, ""))
         except MISTAKES as error:
             if show_traceback:
                 raise
@@ -138,6 +141,7 @@ def _added_keys(values: DictConfig, *, prefix: str = "") -> list[str]:
     known = {field.name for field in fields(schema)} if is_dataclass(schema) else set(values)
     added = [f"{prefix}{key!s}" for key in values if key not in known]
     for key in known:
-        if OmegaConf.is_dict(values._get_node(key)) and not OmegaConf.is_missing(values, key):
+        is_section = OmegaConf.is_dict(values._get_node(key))
+        if is_section and not OmegaConf.is_missing(values, key) and values[key] is not None:
             added += _added_keys(values[key], prefix=f"{prefix}{key}.")
     return added

@@ -3,7 +3,6 @@
 It types what a user would: train, Ctrl-C half-way, the same command again, evaluate, generate.
 """
 
-import json
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from train.config import CONFIG_FILE
-from train.journal import METRICS_FILE
+from train.journal import read_records
 from train.outcome import ExitCode, Outcome, read_outcome
 
 PROMPT = "def read_lines(path):\n"
@@ -55,7 +54,7 @@ def main() -> int:
             return fail(f"thrifty {verb[0]} was to end with exit code 0", code)
     outcome = read_outcome(run_dir)
     assert outcome is not None, "a run that finished has left its outcome"
-    print(describe_run(outcome, read_steps(run_dir), run_dir), flush=True)
+    print(describe_run(outcome, read_records(run_dir, event="step"), run_dir), flush=True)
     return ExitCode.FINISHED
 
 
@@ -69,19 +68,12 @@ def wait_for_half(training: subprocess.Popen[bytes], run_dir: Path) -> int:
     """The run's number of steps, once half of them are done or the training has ended."""
     while training.poll() is None:
         time.sleep(0.5)
-        records = read_steps(run_dir)
+        records = read_records(run_dir, event="step")
         if records:
             steps: int = OmegaConf.load(run_dir / CONFIG_FILE).schedule.steps
             if records[-1]["step"] >= steps // 2:
                 return steps
     return 0
-
-
-def read_steps(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of steps in the run's journal so far, oldest first."""
-    path = run_dir / METRICS_FILE
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last may be cut
-    return [record for record in map(json.loads, lines) if record["event"] == "step"]
 
 
 def describe_run(outcome: Outcome, steps: list[dict[str, Any]], run_dir: Path) -> str:

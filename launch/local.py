@@ -53,8 +53,9 @@ def run_ranks(run_dir: Path, launch: LaunchConfig) -> Outcome:
         if outcome.status is Status.failed:
             outcome.reason += _last_words(run_dir, launch, process.returncode)
         return outcome
-    if ranks.num_signals and not ranks.is_killed:
-        # A rank that has come so far as to have work to save leaves an outcome.
+    # SIGTERM kills a rank only as long as it has nothing to save.
+    is_unbegun = ranks.num_signals and _killing_signal(process.returncode) == signal.SIGTERM
+    if ranks.is_stopped_early or is_unbegun:
         reason = "stopped before the ranks were ready"
         return Outcome(status=Status.interrupted, step=0, reason=reason)
     reason = "a rank died without leaving an outcome"
@@ -70,6 +71,7 @@ class LocalRanks:
         self.run_dir = run_dir
         self.num_signals = 0
         self.is_killed = False
+        self.is_stopped_early = False  # a signal came before there was a rank to save anything
         self._previous: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> Self:
@@ -98,7 +100,9 @@ class LocalRanks:
         if self.num_signals == 1:
             log.warning("stopping: the ranks finish their step and save")
             # Before there are ranks nothing needs to be saved: the launcher itself may end.
-            for process in self._ranks() or [psutil.Process(self.process.pid)]:
+            ranks = self._ranks()
+            self.is_stopped_early = not ranks
+            for process in ranks or [psutil.Process(self.process.pid)]:
                 with suppress(psutil.NoSuchProcess):
                     process.terminate()
         elif self.num_signals == 2:
@@ -203,13 +207,18 @@ def _parent_pid(process: psutil.Process) -> int | None:
 def _last_words(run_dir: Path, launch: LaunchConfig, returncode: int) -> str:
     """The signal that killed a rank, if one did, and which logs to read."""
     words = ""
-    # A rank's -9 is passed on as it is, or by DeepSpeed's launcher as 256 - 9.
-    number = -returncode if returncode < 0 else 256 - returncode
-    if number in set(signal.Signals):
-        words += f"; a rank was killed by {signal.Signals(number).name}"
+    number = _killing_signal(returncode)
+    if number is not None:
+        words += f"; a rank was killed by {number.name}"
         words += " (out of memory?)" if number == signal.SIGKILL else ""
     logs = [log_path(run_dir, rank) for rank in range(1, launch.processes)]
     spoken = [str(path) for path in logs if path.is_file() and path.stat().st_size]
     if spoken:
         words += f"; see above and {', '.join(spoken)}"
     return words
+
+
+def _killing_signal(returncode: int) -> signal.Signals | None:
+    """The signal that killed a rank: as it is, or as DeepSpeed's launcher passes it on, 256 - n."""
+    number = -returncode if returncode < 0 else 256 - returncode
+    return signal.Signals(number) if number in set(signal.Signals) else None

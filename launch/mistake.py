@@ -23,8 +23,16 @@ from omegaconf.errors import (
 
 from launch.keys import Key, list_keys
 
-# What a person at the command line can cause. ValueErrors and OSErrors speak for themselves.
-MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException, yaml.YAMLError)
+# What a person at the command line, or the machine, can cause. Our own errors among these speak for
+# themselves (RuntimeError: a worker of `prepare` died); HYDRA_FULL_ERROR=1 shows the traceback.
+MISTAKES = (
+    ValueError,
+    OSError,
+    RuntimeError,
+    HydraException,
+    OmegaConfBaseException,
+    yaml.YAMLError,
+)
 
 
 def explain(error: BaseException, *, schema: type[Any], overrides: list[str]) -> str:

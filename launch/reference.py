@@ -29,7 +29,7 @@ with a message and exit code 2 before anything is started.
 
 def write_reference() -> str:
     """The page's text."""
-    lines = [INTRODUCTION, "## thrifty train, thrifty prepare", ""]
+    lines = [INTRODUCTION, "## thrifty train, thrifty prepare, thrifty plan", ""]
     for section, keys in groupby(list_keys(LaunchedRun), key=lambda key: _section(key.name)):
         lines += [f"### {section}" if section else "### The run itself", ""]
         options = list(_options(section))

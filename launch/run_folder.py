@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
+from train.checkpoint import FOLDER
 from train.config import CONFIG_FILE, RunConfig, read_config, write_config
 
 # A continuation keeps these; anything else may change from one start to the next.
-FIXED = ("model", "data", "seed")
+FIXED = ("model", "data", "seed", "init_from")
 # Where the corpus lies and how it is checked, not what it is.
 MOVABLE = ("data.folder", "data.processes", "data.verify")
 
@@ -36,7 +37,8 @@ def prepare_folder(config: RunConfig) -> list[Change]:
     run = RunConfig(**{field.name: getattr(config, field.name) for field in fields(RunConfig)})
     path = run_dir / CONFIG_FILE
     changes = []
-    if path.exists():
+    has_begun = any((run_dir / FOLDER).glob("step-*"))
+    if path.exists() and has_begun:
         changes = compare(read_config(path, RunConfig), run)
         refused = [
             change
@@ -84,10 +86,16 @@ def hold_folder(run_dir: Path) -> Iterator[None]:
     """Keep a second start out of the folder for as long as this one lasts.
 
     Raises:
-        ValueError: Another process trains in the folder.
+        ValueError: Another process trains in the folder, or it can't be written.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as file:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise ValueError(
+            f"run_dir={run_dir} can't be written ({error.strerror}); choose another folder"
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -5,6 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
+from data.config import find_folder
 from data.prepare import prepare
 from launch.compose import Job, run_jobs, to_config, worst
 from launch.config import LaunchedRun, check_launched
@@ -12,6 +13,7 @@ from launch.local import run_ranks
 from launch.run_folder import hold_folder, prepare_folder
 from launch.sweep import report_sweep
 from train.outcome import ExitCode, Status
+from train.restore import check_start
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,9 @@ def train_job(job: Job) -> ExitCode:
         config = dataclasses.replace(config, run_dir=str(job.folder))
         log.info("\nrun %s of the sweep: %s", job.folder.name, " ".join(job.overrides))
     check_launched(config)
+    # Later commands may come from elsewhere; they read where the corpus is in the run's config.
+    config.data.folder = str(find_folder(config.data).absolute())
+    check_start(config)
     run_dir = Path(config.run_dir)
     with hold_folder(run_dir):
         for change in prepare_folder(config):

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -38,13 +39,18 @@ def main() -> ExitCode:
         return outcome.exit_code
     except (ValueError, SaveError, FloatingPointError) as error:
         log.error("%s", error)
-        if is_first:
-            write_outcome(run_dir, Outcome(status=Status.failed, step=-1, reason=str(error)))
+        report_failure(run_dir, str(error))
         return ExitCode.FAILED
     except Exception as error:
-        if is_first:
-            write_outcome(run_dir, Outcome(status=Status.failed, step=-1, reason=repr(error)))
+        report_failure(run_dir, repr(error))
         raise
+
+
+def report_failure(run_dir: Path, reason: str) -> None:
+    """Leave the outcome for the launcher, unless another rank or a full disk forbids it."""
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):
+            write_outcome(run_dir, Outcome(status=Status.failed, step=-1, reason=reason))
 
 
 def configure_logging(*, is_first: bool) -> None:

@@ -118,7 +118,7 @@ class Checkpoints:
                 f"{'; '.join(problems) or 'rank 0 failed'}; those before it are intact"
             )
         if ranks.is_first:
-            self._remove_old()
+            self._remove_old(step)
 
     def find_newest(self, ranks: Ranks) -> Manifest | None:
         """The newest checkpoint whose files are all there and whole, or None if there is none.
@@ -149,12 +149,18 @@ class Checkpoints:
             )
         return None
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, saved_step: int) -> None:
+        """Keep the newest up to the one just saved; those beyond it were found damaged."""
         for path in self.folder.glob(f"step-*{PARTIAL}"):
             shutil.rmtree(path, ignore_errors=True)
-        for step in self.steps()[: -self.keep]:
-            # Renamed first: a folder half removed must not look complete.
-            doomed = self.path(step).rename(self.path(step).with_suffix(PARTIAL))
+        past = [step for step in self.steps() if step <= saved_step]
+        damaged = [step for step in self.steps() if step > saved_step]
+        for step in past[: -self.keep] + damaged:
+            doomed = self.path(step).with_suffix(PARTIAL)
+            try:  # renamed first: a folder half removed must not look complete
+                self.path(step).rename(doomed)
+            except OSError as error:
+                log.warning("%s can't be removed: %s", self.path(step), error)
             shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -181,11 +187,15 @@ def load(folder: Path, manifest: Manifest, fragments: Iterable[Fragment]) -> Non
 
 
 def check_coverage(manifest: Manifest, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse, with a ValueError, a checkpoint of another model: both must name the same tensors."""
+    """Refuse, with a ValueError, a checkpoint of another model: both must name the same tensors.
+
+    Of the kinds of tensors (`weight/`, `buffer/`, ...) only those that are wanted count.
+    """
+    kinds = {name.split("/")[0] for name in wanted}
     stored = {
         name: tensor.shape
         for name, tensor in manifest.tensors.items()
-        if not name.startswith("rng/")  # of ranks, which may be others today
+        if name.split("/")[0] in kinds
     }
     where = f"step {manifest.step}'s checkpoint"
     for name in sorted(stored.keys() | wanted.keys()):

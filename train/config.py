@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.atomic_file import write_aside
 from data.config import DATA_KINDS, DataConfig, check_data
 from model.config import MODEL_KINDS, ModelConfig, check_model
 from train.checkpoint import CheckpointConfig, check_checkpoint
@@ -29,6 +30,9 @@ LAUNCH = "launch"  # the launcher's own group, of no concern to ranks
 class RunConfig:
     #: Folder of the run: config, metrics, logs, checkpoints. The same folder again continues it.
     run_dir: str
+    #: Folder of another run, whose newest checkpoint's weights this run starts from: step 0, fresh
+    #: moments, data from the beginning. The model must have the same tensors; RoPE may differ.
+    init_from: str | None = None
     #: Decides initial weights and the order of the data.
     seed: int = 0
     model: ModelConfig
@@ -52,6 +56,23 @@ def check_run(config: RunConfig, *, num_ranks: int) -> None:
     check_evaluation(config.evaluation)
     check_logging(config.logging)
     check_parallel(config.parallel, config.model, config.schedule, num_ranks=num_ranks)
+    if not config.run_dir:
+        raise ValueError("run_dir is empty; name the folder of the run")
+    if config.model.mtp.depth >= config.data.seq_len:
+        raise ValueError(
+            f"model.mtp.depth={config.model.mtp.depth} needs sequences longer than that, but "
+            f"data.seq_len={config.data.seq_len}; choose a longer one or a smaller depth"
+        )
+    if config.init_from == "":
+        raise ValueError(
+            "init_from is empty; give the folder of the run whose weights this one starts from, or "
+            "init_from=null to start from random ones"
+        )
+    if config.init_from is not None and Path(config.init_from) == Path(config.run_dir):
+        raise ValueError(
+            f"init_from={config.init_from} is run_dir itself; leave init_from out to continue that "
+            "run, or give another run_dir to start one from its weights"
+        )
 
 
 def model_schema(kind: str) -> DictConfig:
@@ -88,7 +109,8 @@ def read_config(path: Path, schema: type[Config]) -> Config:
 
 def write_config(config: RunConfig, path: Path) -> None:
     """All values, resolved, as YAML that a person can read."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    with write_aside(path) as file:
+        file.write(OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
 
 
 def typed(values: Any, schema: type[Config]) -> Config:

@@ -6,7 +6,6 @@ loop four verbs (`forward`, `backward`, `step`, `fragments`). What is particular
 """
 
 import datetime
-import logging
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -30,8 +29,6 @@ from train.optimizer import build_optimizer, parameter_groups
 from train.parallel import ParallelConfig, Recompute
 from train.precision import Dtype
 from train.ranks import Ranks, connect, read_device
-
-log = logging.getLogger(__name__)
 
 # The op for shared-memory collectives on the CPU is compiled at start-up (a minute, and a
 # compiler is needed); gloo does without it.

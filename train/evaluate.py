@@ -29,6 +29,10 @@ def evaluate_run(config: EvaluateConfig) -> Evaluation:
     Raises:
         ValueError: See `restore` and `open_samples`.
     """
+    if config.max_sequences is not None and config.max_sequences < 1:
+        raise ValueError(
+            f"max_sequences={config.max_sequences} must be at least 1, or null for all"
+        )
     ranks = alone()
     restored = restore(Path(config.run_dir), ranks=ranks, step=config.step)
     data, device = restored.config.data, ranks.device
@@ -55,4 +59,5 @@ def evaluate_run(config: EvaluateConfig) -> Evaluation:
         ranks=ranks,
         micro_batch_size=restored.config.parallel.micro_batch_size,
         max_sequences=config.max_sequences,
+        are_documents_masked=data.mask_documents,
     )

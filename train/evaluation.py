@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from data.batches import Batch, validation_batches
 from data.manifest import Split, read_manifest
@@ -61,6 +62,7 @@ def evaluate(
     ranks: Ranks,
     micro_batch_size: int,
     max_sequences: int | None,
+    are_documents_masked: bool,
 ) -> Evaluation:
     """The evaluation over all ranks' shares of the validation split; the same on every rank."""
     batches = validation_batches(
@@ -76,8 +78,9 @@ def evaluate(
     targets = int(target_counts.sum())
     loss = sum(share.nats for share in shares) / targets
     record = read_manifest(corpus).validation
-    # Every token of a document but its first (bos) is predicted.
-    predicted_per_byte = (record.tokens - record.documents) / record.text_bytes
+    # A document's first token (bos) is predicted only where documents see each other.
+    predicted = record.tokens - record.documents * are_documents_masked
+    predicted_per_byte = predicted / record.text_bytes
     return Evaluation(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
@@ -91,10 +94,10 @@ def evaluate(
 def _measure(
     forward: Callable[[Batch], Sums], batches: Iterable[Batch], *, vocab_size: int
 ) -> Measured:
-    nats = torch.zeros((), dtype=torch.float64)
+    nats: float | Tensor = 0.0  # stays on the device until all batches are through
     counts = np.zeros(vocab_size, np.int64)
     for batch in batches:
-        nats = nats + forward(batch).loss.double().to(nats.device, non_blocking=True)
+        nats = nats + forward(batch).loss.double()
         kept = batch.targets[batch.targets != IGNORED]
         counts += np.bincount(kept.numpy(), minlength=vocab_size)
     return Measured(float(nats), counts)

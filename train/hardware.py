@@ -7,8 +7,8 @@ import torch
 
 # Dense matrix rates in FLOP/s from the vendors' data sheets (SXM parts where there are several).
 KNOWN_PEAKS: dict[str, dict[torch.dtype, float]] = {
-    "A100": {torch.bfloat16: 312e12, torch.float32: 19.5e12},
-    "H100": {torch.bfloat16: 989e12, torch.float32: 67e12},
+    "A100-SXM": {torch.bfloat16: 312e12, torch.float32: 19.5e12},
+    "H100 80GB HBM3": {torch.bfloat16: 989e12, torch.float32: 67e12},
     "H200": {torch.bfloat16: 989e12, torch.float32: 67e12},
     "H800": {torch.bfloat16: 989e12, torch.float32: 67e12},
     "L40S": {torch.bfloat16: 362e12, torch.float32: 91.6e12},
@@ -24,10 +24,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         for known, peaks in KNOWN_PEAKS.items():
             if known in name:
                 return peaks[dtype]
-    return measure_matrix_rate(device, dtype)
+    size = 8192 if device.type == "cuda" else 1024
+    return measure_matrix_rate(device, dtype, size=size)
 
 
-def measure_matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int = 1024) -> float:
+def measure_matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int) -> float:
     """Best FLOP/s of a few square products."""
     a = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")

@@ -3,7 +3,9 @@
 import json
 import logging
 import math
+import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -12,11 +14,13 @@ from typing import Any, Protocol, Self
 
 import wandb
 
+from data.atomic_file import write_aside
 from train.display import open_display
 
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+WANDB_ID_FILE = "wandb-id"
 
 Record = dict[str, Any]
 """One line of the journal: `event` (step, evaluation, checkpoint, ...), `step`, and numbers."""
@@ -79,34 +83,55 @@ class JsonLines:
         """Lines beyond the step that the run resumes from are dropped: they happen again."""
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step(line) <= resumed_step]
-            path.write_text("".join(f"{line}\n" for line in kept))
+            with write_aside(path) as file:
+                file.write("".join(f"{line}\n" for line in kept).encode())
         self._file = path.open("a")
+        self._is_broken = False
 
     def write(self, record: Record) -> None:
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disk must not end the training
+            if not self._is_broken:
+                log.warning("%s: %s; records are lost until that is mended", self._file.name, error)
+            self._is_broken = True
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
 
 
 class Wandb:
-    """The numbers of each record, under the same names; a resumed run continues its own."""
+    """The numbers of each record, under the same names; a resumed run continues its own.
+
+    Raises:
+        ValueError: wandb can't be reached or knows no key.
+    """
 
     def __init__(self, config: LoggingConfig, *, run_dir: Path, about: dict[str, Any]) -> None:
-        self._run = wandb.init(
-            project=config.wandb_project,
-            mode=config.wandb_mode.value,
-            dir=run_dir,
-            id=run_dir.name,
-            name=run_dir.name,
-            resume="allow",
-            config=about,
-        )
+        id_file = run_dir / WANDB_ID_FILE
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:8])
+        try:
+            self._run = wandb.init(
+                project=config.wandb_project,
+                mode=config.wandb_mode.value,
+                dir=run_dir,
+                id=id_file.read_text(),
+                name=str(run_dir),
+                resume="allow",
+                config=about,
+            )
+        except wandb.errors.Error as error:
+            raise ValueError(
+                f"logging.wandb_project={config.wandb_project}: wandb says: {error}; log in "
+                "(wandb login, or WANDB_API_KEY), or set logging.wandb_mode=offline"
+            ) from error
 
     def write(self, record: Record) -> None:
         numbers = {
@@ -135,8 +160,9 @@ def open_journal(
 
 def read_records(run_dir: Path, *, event: str) -> list[Record]:
     """The records of one kind, in order."""
-    lines = (run_dir / METRICS_FILE).read_text().splitlines()
-    records = [json.loads(line) for line in lines if _step(line) >= 0]
+    path = run_dir / METRICS_FILE
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = [json.loads(line) for line in lines if _step(line) < float("inf")]
     return [record for record in records if record["event"] == event]
 
 

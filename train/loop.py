@@ -8,7 +8,7 @@ from train.outcome import Outcome, Status
 from train.progress import refuse_divergence
 from train.ranks import Ranks
 from train.run import Run
-from train.schedule import batch_size, learning_rate
+from train.schedule import batch_size, learning_rate, model_at
 from train.update import count_denominators, update
 
 
@@ -32,11 +32,12 @@ def train(config: RunConfig, ranks: Ranks) -> Outcome:
             micro_batches = batches.take(progress.samples, size)
             over = count_denominators(micro_batches, config.model, ranks)
             if ranks.any(interrupt.is_requested):
-                run.save(journal)
+                run.save(journal, is_last=True)
                 return Outcome(status=Status.interrupted, step=progress.step, reason="a signal")
 
             lr = learning_rate(schedule, progress.step)
-            report = update(run.engine, micro_batches, over, config=config.model, lr=lr)
+            model = model_at(config.model, schedule, progress.step)
+            report = update(run.engine, micro_batches, over, config=model, lr=lr)
             progress.advance(size, over.targets, is_applied=report.is_applied)
             run.meters.count(size)
 
@@ -46,5 +47,5 @@ def train(config: RunConfig, ranks: Ranks) -> Outcome:
             if run.is_due(config.evaluation.every):
                 run.evaluate(journal)
             if run.is_due(config.checkpoint.every):
-                run.save(journal)
+                run.save(journal, is_last=progress.step == schedule.steps)
         return Outcome(status=Status.finished, step=progress.step, summary=run.summary())

@@ -22,8 +22,6 @@ class Meters:
         self._ranks = ranks
         self._flops_per_token = flops_per_token(config.model, seq_len=config.data.seq_len)
         self._peak = peak_flops(ranks.device, config.precision.dtype.torch) * ranks.count
-        self._tokens = 0.0
-        self._seconds = 0.0
         self._restart()
 
     def count(self, sequences: int) -> None:
@@ -37,8 +35,6 @@ class Meters:
         memory = max(self._ranks.gather(peak_memory(self._ranks.device)))
         seconds = time.perf_counter() - self._since
         tokens_per_second = self._sequences * self._seq_len / seconds
-        self._tokens += self._sequences * self._seq_len
-        self._seconds += seconds
         flops = tokens_per_second * self._flops_per_token
         record: Record = {
             "event": "step",
@@ -67,13 +63,6 @@ class Meters:
     def pause(self) -> None:
         """Leave out of the rates what has happened since the last step (evaluation, saving)."""
         self._restart()
-
-    def totals(self) -> dict[str, float]:
-        """Mean rate since the start, pauses left out, and the most memory so far."""
-        return {
-            "tokens_per_second": self._tokens / max(self._seconds, 1e-9),
-            "memory_bytes": peak_memory(self._ranks.device),
-        }
 
     def _restart(self) -> None:
         self._since = time.perf_counter()

@@ -52,6 +52,8 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> to
 
 def check_optimizer(config: OptimizerConfig) -> None:
     """Refuse, with a ValueError, rates outside their ranges."""
+    if config.kind != "adamw":
+        raise ValueError(f"optimizer.kind={config.kind} does not exist; choose adamw")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"optimizer.{name}={getattr(config, name)} must lie in [0, 1)")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from model.config import ModelConfig
-from train.schedule import ScheduleConfig, batch_size
+from train.schedule import ScheduleConfig
 
 
 class Recompute(StrEnum):
@@ -28,13 +28,6 @@ class ParallelConfig:
     reduce_bucket_size: int = 50_000_000
     #: Whether gradients are reduced beside the backward pass (GPUs only).
     overlap_comm: bool = False
-
-
-def accumulation_steps(
-    parallel: ParallelConfig, schedule: ScheduleConfig, *, step: int, num_ranks: int
-) -> int:
-    """Micro-batches per rank in the global batch of `step`."""
-    return batch_size(schedule, step) // (parallel.micro_batch_size * num_ranks)
 
 
 def check_parallel(
@@ -66,6 +59,10 @@ def check_parallel(
     if parallel.micro_batch_size < 1:
         raise ValueError(
             f"parallel.micro_batch_size={parallel.micro_batch_size} must be at least 1"
+        )
+    if parallel.reduce_bucket_size < 1:
+        raise ValueError(
+            f"parallel.reduce_bucket_size={parallel.reduce_bucket_size} must be at least 1"
         )
     _check_batches(parallel, schedule, num_ranks=num_ranks)
 

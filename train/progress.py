@@ -34,7 +34,7 @@ def refuse_divergence(progress: Progress, *, limit: int) -> None:
     if progress.skipped_in_a_row >= limit:
         raise FloatingPointError(
             f"the gradients of {progress.skipped_in_a_row} steps in a row were not finite, up to "
-            f"step {progress.step} (optimizer.max_skipped_steps={limit}); resume from an earlier "
-            "checkpoint with a lower schedule.peak_lr, or look at the data around sample "
-            f"{progress.samples}"
+            f"step {progress.step} (optimizer.max_skipped_steps={limit}); delete the newest "
+            "folders in checkpoints/ and start again with a lower schedule.peak_lr, or look at the "
+            f"data around sample {progress.samples}"
         )

@@ -42,6 +42,20 @@ def restore(run_dir: Path, *, ranks: Ranks, step: int | None = None) -> Restored
     return Restored(model.eval(), tokenizer, config, manifest.step)
 
 
+def check_start(config: RunConfig) -> None:
+    """Refuse, with a ValueError, a new run from weights that are not there.
+
+    A run that has a checkpoint of its own continues from that and needs no other.
+    """
+    folder = config.init_from
+    if folder is None or Checkpoints(Path(config.run_dir), keep=1).steps():
+        return
+    if not Checkpoints(Path(folder), keep=1).steps():
+        raise ValueError(
+            f"init_from={folder} holds no checkpoint; give the folder of a run that has saved one"
+        )
+
+
 def weight_fragments(model: nn.Module) -> list[Fragment]:
     """All of a whole model's weights and buffers as fragments to be filled."""
     weights = [

@@ -5,6 +5,7 @@ import time
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -18,12 +19,14 @@ from model.cost import count_parameters
 from train.checkpoint import Checkpoints, OnError, SaveError, check_coverage, load
 from train.config import RunConfig
 from train.engine import Engine
-from train.evaluation import Evaluation, evaluate
-from train.journal import Journal, open_journal
+from train.evaluation import evaluate
+from train.hardware import peak_memory
+from train.journal import Journal, open_journal, read_records
 from train.manifest import Fragment, Manifest
 from train.meters import Meters
 from train.progress import Progress
 from train.ranks import Ranks
+from train.restore import check_start
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +52,12 @@ class Run:
                 f"{self.tokenizer.size} entries of the tokenizer in {self.corpus}; "
                 "choose at least that many"
             )
-        # The first rank reads the whole corpus to check it; the others trust its word.
-        data = config.data if ranks.is_first else replace(config.data, verify=Verify.fast)
-        samples = {split: open_samples(data, split, seed=config.seed) for split in Split}
-        self.validation = samples[Split.validation]
+        # The first rank reads the whole corpus once to check it; the others trust its word.
+        trusting = replace(config.data, verify=Verify.fast)
+        data = config.data if ranks.is_first else trusting
+        self.validation = open_samples(trusting, Split.validation, seed=config.seed)
         self.batches = Batches(
-            samples[Split.train],
+            open_samples(data, Split.train, seed=config.seed),
             rank=ranks.rank,
             world=ranks.count,
             micro_batch_size=config.parallel.micro_batch_size,
@@ -65,8 +68,6 @@ class Run:
         self.progress = self._resume()
         self.meters = Meters(config, ranks)
         self._saved_step = self.progress.step
-        self._evaluation: Evaluation | None = None
-        self._tokens_per_second = 0.0
 
     def open_journal(self) -> Journal:
         """The first rank's journal; the others keep a silent one."""
@@ -89,21 +90,23 @@ class Run:
         """Measure the validation split and write it down."""
         start = time.perf_counter()
         self.engine.model.eval()
-        self._evaluation = evaluate(
+        evaluation = evaluate(
             self.engine.forward,
             self.validation,
             corpus=self.corpus,
             ranks=self.ranks,
             micro_batch_size=self.config.parallel.micro_batch_size,
             max_sequences=self.config.evaluation.max_sequences,
+            are_documents_masked=self.config.data.mask_documents,
         )
-        self._write(journal, "evaluation", start, self._evaluation._asdict())
+        self._write(journal, "evaluation", start, evaluation._asdict())
 
-    def save(self, journal: Journal) -> None:
+    def save(self, journal: Journal, *, is_last: bool) -> None:
         """Write a checkpoint of this step, unless there is one.
 
         Raises:
-            SaveError: It could not be written, and the config says to stop then.
+            SaveError: It could not be written, and the config says to stop then, or it is the
+                last one, with which the work since the one before would be lost.
         """
         if self._saved_step == self.progress.step:
             return
@@ -124,7 +127,7 @@ class Run:
                 },
             )
         except SaveError as error:
-            if self.config.checkpoint.on_error is OnError.stop:
+            if is_last or self.config.checkpoint.on_error is OnError.stop:
                 raise
             log.warning("%s; the run goes on (checkpoint.on_error=proceed)", error)
             return
@@ -133,29 +136,31 @@ class Run:
         self._write(journal, "checkpoint", start, {"path": path})
 
     def summary(self) -> dict[str, float]:
-        """What a table of several runs compares."""
+        """What a table of several runs compares, earlier starts included; the first rank's."""
+        memory = max(self.ranks.gather(peak_memory(self.ranks.device)))
+        if not self.ranks.is_first:
+            return {}
         parameters = count_parameters(self.config.model)
+        rates = [r["tokens_per_second"] for r in read_records(self.run_dir, event="step")]
         summary: dict[str, float] = {
             "parameters_total": parameters.total + parameters.mtp,
             "parameters_active": parameters.active,
-            **self.meters.totals(),
+            "memory_bytes": memory,
+            "tokens_per_second": median(rates) if rates else 0.0,
         }
-        if self._evaluation is not None:
-            summary["validation_loss"] = self._evaluation.loss
-            summary["bits_per_byte"] = self._evaluation.bits_per_byte
-            summary["unigram_entropy"] = self._evaluation.unigram_entropy
+        for evaluation in read_records(self.run_dir, event="evaluation")[-1:]:
+            summary["validation_loss"] = evaluation["loss"]
+            summary["bits_per_byte"] = evaluation["bits_per_byte"]
+            summary["unigram_entropy"] = evaluation["unigram_entropy"]
         return summary
 
     def _resume(self) -> Progress:
         manifest = self.checkpoints.find_newest(self.ranks)
         if manifest is None:
+            if self.config.init_from is not None:
+                self._take_weights(Path(self.config.init_from))
             return Progress()
-        if manifest.tokenizer != self.tokenizer.fingerprint:
-            raise ValueError(
-                f"the checkpoint of step {manifest.step} in {self.checkpoints.folder} was trained "
-                f"with another tokenizer than the one in {self.corpus}; use that run's corpus, or "
-                "another run_dir"
-            )
+        self._check_tokenizer(manifest, self.checkpoints)
         check_coverage(manifest, self.engine.tensors())
         folder = self.checkpoints.path(manifest.step)
         load(folder, manifest, [*self.engine.fragments(), *self.engine.buffers()])
@@ -164,6 +169,28 @@ class Run:
         self._restore_rng(folder, manifest)
         log.info("resumed from %s at sample %d", folder, progress.samples)
         return progress
+
+    def _take_weights(self, run_dir: Path) -> None:
+        """Weights and routing biases of another run; everything else stays as new."""
+        check_start(self.config)
+        source = Checkpoints(run_dir, keep=1)
+        manifest = source.find_newest(self.ranks)
+        assert manifest is not None, "check_start has found one"
+        self._check_tokenizer(manifest, source)
+        tensors = self.engine.tensors().items()
+        check_coverage(manifest, {name: shape for name, shape in tensors if is_of_model(name)})
+        fragments = [fragment for fragment in self.engine.fragments() if is_of_model(fragment.name)]
+        load(source.path(manifest.step), manifest, [*fragments, *self.engine.buffers()])
+        self.engine.finish_load(updates=0)
+        log.info("starting from the weights in %s", source.path(manifest.step))
+
+    def _check_tokenizer(self, manifest: Manifest, source: Checkpoints) -> None:
+        if manifest.tokenizer != self.tokenizer.fingerprint:
+            raise ValueError(
+                f"the checkpoint of step {manifest.step} in {source.folder} was trained "
+                f"with another tokenizer than the one in {self.corpus}; use that run's corpus, or "
+                "another run_dir"
+            )
 
     def _restore_rng(self, folder: Path, manifest: Manifest) -> None:
         name = RNG.format(self.ranks.rank)
@@ -176,6 +203,11 @@ class Run:
         seconds = time.perf_counter() - start
         journal.write({"event": event, "step": self.progress.step, **numbers, "seconds": seconds})
         self.meters.pause()
+
+
+def is_of_model(name: str) -> bool:
+    """Whether a logical tensor is the model's own, not the optimizer's."""
+    return name.startswith(("weight/", "buffer/"))
 
 
 def describe_config(config: RunConfig) -> dict[str, Any]:

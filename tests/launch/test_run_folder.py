@@ -15,6 +15,12 @@ def config(tmp_path: Path) -> LaunchedRun:
     return compose("experiment=smoke", f"run_dir={tmp_path / 'run'}")
 
 
+def begin(config: LaunchedRun) -> None:
+    """What a start that came as far as its first checkpoint leaves."""
+    prepare_folder(config)
+    (Path(config.run_dir) / "checkpoints/step-00000006").mkdir(parents=True)
+
+
 def test_ranks_read_the_config_that_was_composed(config: LaunchedRun) -> None:
     prepare_folder(config)
     read = read_config(Path(config.run_dir) / CONFIG_FILE, RunConfig)
@@ -24,6 +30,7 @@ def test_ranks_read_the_config_that_was_composed(config: LaunchedRun) -> None:
 
 
 def test_a_continuation_tells_what_changed(config: LaunchedRun) -> None:
+    begin(config)
     assert prepare_folder(config) == []
     changed = replace(config, schedule=replace(config.schedule, steps=20))
     assert list(map(str, prepare_folder(changed))) == ["schedule.steps: 12 -> 20"]
@@ -36,7 +43,7 @@ def test_a_continuation_tells_what_changed(config: LaunchedRun) -> None:
 def test_a_folder_of_another_run_is_refused_and_left_as_it_was(
     change: str, config: LaunchedRun
 ) -> None:
-    prepare_folder(config)
+    begin(config)
     before = (Path(config.run_dir) / CONFIG_FILE).read_text()
     other = compose("experiment=smoke", f"run_dir={config.run_dir}", change)
     key = change.split("=")[0]
@@ -45,8 +52,16 @@ def test_a_folder_of_another_run_is_refused_and_left_as_it_was(
     assert (Path(config.run_dir) / CONFIG_FILE).read_text() == before
 
 
-def test_a_corpus_may_have_moved(config: LaunchedRun) -> None:
+def test_a_folder_without_a_checkpoint_takes_any_settings(config: LaunchedRun) -> None:
+    """A first start that failed (a wrong path, say) must not bind the second."""
     prepare_folder(config)
+    other = compose("experiment=smoke", f"run_dir={config.run_dir}", "model.dim=64")
+    assert prepare_folder(other) == []
+    assert read_config(Path(config.run_dir) / CONFIG_FILE, RunConfig).model.dim == 64
+
+
+def test_a_corpus_may_have_moved(config: LaunchedRun) -> None:
+    begin(config)
     moved = replace(config, data=replace(config.data, folder="elsewhere"))
     assert [change.key for change in prepare_folder(moved)] == ["data.folder"]
 

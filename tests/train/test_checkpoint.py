@@ -168,7 +168,7 @@ def test_coverage_is_checked_both_ways(checkpoints: Checkpoints) -> None:
     with pytest.raises(ValueError, match="lacks weight/c"):
         check_coverage(manifest, whole | {"weight/c": (1,)})
     with pytest.raises(ValueError, match="has buffer/b, which this model lacks"):
-        check_coverage(manifest, {"weight/a": (3, 4)})
+        check_coverage(manifest, {"weight/a": (3, 4), "buffer/c": (2,)})
     with pytest.raises(ValueError, match=r"weight/a has shape \[3, 4\] .* but \[4, 3\]"):
         check_coverage(manifest, whole | {"weight/a": (4, 3)})
 

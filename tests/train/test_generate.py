@@ -1,7 +1,9 @@
 """Text from a run, and its evaluation, without DeepSpeed."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +12,13 @@ import torch.nn.functional as F
 from data.batches import validation_batches
 from data.manifest import Split
 from data.samples import IGNORED, open_samples
+from model.config import MTPConfig
 from tests.ranks import run_ranks
 from tests.train.tiny import tiny_run
 from train.config import CONFIG_FILE, RunConfig, write_config
 from train.engine import join
 from train.evaluate import EvaluateConfig, evaluate_run
-from train.generate import GenerateConfig, draw, generate, sample_tokens
+from train.generate import GenerateConfig, Writer, read_prompts
 from train.journal import read_records
 from train.loop import train as train_run
 from train.parallel import ParallelConfig
@@ -37,34 +40,74 @@ def config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return config
 
 
-def test_greedy_tokens_are_the_likeliest_of_full_forward_passes(config: RunConfig) -> None:
-    model, tokenizer, *_ = restore(Path(config.run_dir), ranks=alone())
-    prompt = torch.tensor([[tokenizer.bos_id, *tokenizer.encode("def train")]])
-    got = list(sample_tokens(model, prompt, max_new_tokens=12, temperature=0.0, top_p=1.0, seed=0))
-    tokens = prompt
-    with torch.no_grad():
-        for token in got:
-            assert token == model.logits(tokens)[0, -1].argmax()
-            tokens = torch.cat((tokens, torch.tensor([[token]])), dim=1)
+PROMPTS = ["def train", "", "import torch\n\n\nclass Tiny", "x"]
+
+
+def ask(config: RunConfig, **changes: Any) -> GenerateConfig:
+    values = {"run_dir": config.run_dir, "max_new_tokens": 16, "seed": 3, **changes}
+    return GenerateConfig(**values)
 
 
 def test_pieces_join_to_the_decoded_text_and_a_seed_repeats_it(config: RunConfig) -> None:
-    ask = GenerateConfig(run_dir=config.run_dir, prompt="def ", max_new_tokens=30, seed=3)
-    text = "".join(generate(ask))
+    writer = Writer(ask(config))
+    text = "".join(writer.stream("def "))
     assert text
-    assert "".join(generate(ask)) == text
+    assert "".join(writer.stream("def ")) == text
+    assert list(Writer(ask(config, prompts=["def "])).write()) == [text]
+    assert writer.effort.tokens <= 32
+    assert writer.effort.tokens_per_pass == 1
 
 
-def test_top_p_keeps_the_smallest_set_that_holds_its_share() -> None:
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_batches_and_drafts_change_no_text(config: RunConfig, temperature: float) -> None:
+    common = {"prompts": PROMPTS, "temperature": temperature}
+    alone_texts = list(Writer(ask(config, **common, batch_size=1)).write())
+    assert len(alone_texts) == len(PROMPTS)
+    assert list(Writer(ask(config, **common, batch_size=3)).write()) == alone_texts
+    drafted = Writer(ask(config, **common, batch_size=3, draft=True))
+    assert list(drafted.write()) == alone_texts
+    effort = drafted.effort
+    assert effort.drafts == effort.passes - len(PROMPTS)
+    assert effort.acceptance_rate == effort.accepted / effort.drafts
+    assert effort.tokens_per_pass == effort.tokens / effort.passes
 
-    def drawn(top_p: float) -> set[int]:
-        return {draw(logits, temperature=1.0, top_p=top_p, generator=generator) for _ in range(300)}
 
-    assert drawn(0.4) == {0}
-    assert drawn(0.7) == {0, 1}
-    assert drawn(1.0) == {0, 1, 2, 3}
+def test_drafts_of_a_model_without_mtp_are_refused(config: RunConfig, tmp_path: Path) -> None:
+    model = replace(config.model, mtp=MTPConfig(depth=0))
+    without = replace(config, model=model, run_dir=str(tmp_path))
+    write_config(without, tmp_path / CONFIG_FILE)
+    # What the run left, without the tensors of MTP that its config does not know.
+    (tmp_path / "checkpoints").symlink_to(Path(config.run_dir) / "checkpoints")
+    assert list(Writer(ask(without, max_new_tokens=1)).write())
+    with pytest.raises(ValueError, match=r"draft=true, but .* no MTP .* set draft=false"):
+        Writer(ask(without, draft=True))
+
+
+def test_prompts_come_from_lines_or_objects(tmp_path: Path) -> None:
+    lines, objects = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    lines.write_text("def a\n\n  b \n")
+    objects.write_text('{"prompt": "two\\nlines"}\n{"prompt": "", "id": 3}\n')
+    assert read_prompts(GenerateConfig(run_dir="", prompts_file=str(lines))) == ["def a", "  b "]
+    assert read_prompts(GenerateConfig(run_dir="", prompts_file=str(objects))) == ["two\nlines", ""]
+    assert read_prompts(GenerateConfig(run_dir="", prompts=["a", "b"])) == ["a", "b"]
+    assert read_prompts(GenerateConfig(run_dir="")) == [""]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\n \n", "prompts.jsonl holds no prompt"),
+        ('{"prompt": "a"}\n{"text": "b"}\n', "prompts.jsonl:2 is no prompt"),
+        ("[1]\n", "prompts.jsonl:1 is no prompt"),
+        ("def\n", "prompts.jsonl:1 is no prompt"),
+        ('{"prompt": 3}\n', "prompts.jsonl:1 is no prompt"),
+    ],
+)
+def test_a_file_that_holds_no_prompts_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(GenerateConfig(run_dir="", prompts_file=str(path)))
 
 
 def test_the_evaluation_equals_full_logits_and_the_run_s_own(config: RunConfig) -> None:
@@ -103,14 +146,15 @@ def test_a_step_without_checkpoint_is_refused_with_those_there_are(config: RunCo
     ("changes", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"prompts": ["a"], "prompts_file": "b.txt"}, "exclude each other"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"run_dir": "/nowhere"}, "no config of a run"),
     ],
 )
 def test_impossible_requests_are_refused(
-    config: RunConfig, changes: dict[str, object], message: str
+    config: RunConfig, changes: dict[str, Any], message: str
 ) -> None:
-    values: dict[str, object] = {"run_dir": config.run_dir} | changes
     with pytest.raises(ValueError, match=message):
-        list(generate(GenerateConfig(**values)))  # type: ignore[arg-type]
+        Writer(ask(config, **changes))

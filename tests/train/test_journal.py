@@ -10,6 +10,7 @@ from rich.console import Console
 from train.display import LineDisplay, LiveDisplay, describe
 from train.journal import (
     METRICS_FILE,
+    WANDB_ID_FILE,
     JsonLines,
     LoggingConfig,
     Record,
@@ -84,7 +85,9 @@ def test_wandb_offline_keeps_the_run_without_an_account(
     for step in (1, 2):
         with open_journal(config, run_dir=run_dir, step=step - 1, steps=2, about={}) as journal:
             journal.write(record(step))
-    stored = list(run_dir.glob("wandb/offline-run-*/run-some-run.wandb"))
+    stored = list(
+        run_dir.glob(f"wandb/offline-run-*/run-{(run_dir / WANDB_ID_FILE).read_text()}.wandb")
+    )
     assert len(stored) == 2
     assert all(b"step/max_vio" in path.read_bytes() for path in stored)
 

@@ -76,9 +76,12 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 LAYOUTS = [
+    (1, {"recompute": Recompute.full}),
     (1, {"accumulation": 4}),
     (1, {"accumulation": 4, "recompute": Recompute.full}),
     (2, {}),
+    (2, {"recompute": Recompute.full}),
+    (2, {"accumulation": 4}),
     (2, {"accumulation": 4, "recompute": Recompute.full}),
     (2, {"expert": 2}),
     (2, {"expert": 2, "recompute": Recompute.full}),

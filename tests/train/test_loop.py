@@ -18,6 +18,7 @@ from train.journal import read_records
 from train.loop import train as train_run
 from train.optimizer import OptimizerConfig
 from train.parallel import ParallelConfig
+from train.schedule import ChangeConfig, ChangesConfig
 
 
 @pytest.fixture
@@ -133,3 +134,24 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_tensor_that_differs(
     config.model.moe.num_experts = 16
     with pytest.raises(AssertionError, match=r"router.bias has shape \[8\] in step 6's .* \[16\]"):
         start(config)
+
+
+def test_a_loss_weight_changes_at_its_step_and_not_before(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    config.schedule.steps = 2
+    config.schedule.changes = ChangesConfig(mtp_loss_weight=ChangeConfig(steps=[1], values=[0.0]))
+    start(config)
+    changed = [record["grad_norm"] for record in read_records(Path(config.run_dir), event="step")]
+
+    config.schedule.changes = ChangesConfig()
+    norms = {}
+    for weight in (0.3, 0.0):
+        config.run_dir = str(tmp_path / f"weight-{weight}")
+        Path(config.run_dir).mkdir()
+        config.model.mtp.loss_weight = weight
+        start(config)
+        records = read_records(Path(config.run_dir), event="step")
+        norms[weight] = [record["grad_norm"] for record in records]
+    assert changed[0] == norms[0.3][0] != norms[0.0][0]
+    assert changed[1] != norms[0.3][1]

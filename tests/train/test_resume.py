@@ -19,10 +19,12 @@ from tests.train.tiny import tiny_run
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.engine import join
-from train.journal import METRICS_FILE
+from train.journal import METRICS_FILE, read_records
 from train.loop import train as train_run
 from train.outcome import Outcome, Status
 from train.parallel import ParallelConfig
+from train.precision import Dtype
+from train.schedule import BatchRampConfig
 
 NUMBERS = ("loss", "mtp_loss_1", "balance_loss", "grad_norm", "lr", "max_vio", "samples", "targets")
 
@@ -151,6 +153,45 @@ def test_sigterm_on_one_rank_saves_on_all_and_the_next_start_continues(
     assert start(config).status is Status.finished
     assert read_steps(config) == read_steps(undisturbed)
     assert same_files(config, undisturbed, step=6)
+
+
+def test_a_killed_run_in_bf16_with_a_batch_ramp_and_a_skipped_step_resumes_bit_for_bit(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """Rank 1's gradients are not a number in step 2; kill -9 strikes in step 4."""
+    ramp = BatchRampConfig(start=4, steps=4, increment=4)
+    configs = [with_folder(corpus, tmp_path / name) for name in ("undisturbed", "killed")]
+    for config in configs:
+        config.precision.dtype = Dtype.bf16
+        config.schedule.batch_ramp = ramp
+    real = train.update.update
+
+    def poisoned(engine: Any, batches: Any, over: Any, **kwargs: Any) -> Any:
+        if over.sequences == 4 and poisoned.calls == 1 and os.environ["RANK"] == "1":
+            weight = engine.model.norm.weight
+            weight.register_hook(lambda grad: grad * float("nan"))
+        poisoned.calls += 1
+        return real(engine, batches, over, **kwargs)
+
+    poisoned.calls = 0
+    for config in configs:
+        config.schedule.steps = 2
+        with mock.patch("train.loop.update", poisoned):
+            poisoned.calls = 0
+            start(config)
+        config.schedule.steps = 6
+    start(configs[0])
+    with (
+        kill_at_call(train.update, "move_biases", call=3, rank=0),
+        pytest.raises(AssertionError, match="exit codes"),
+    ):
+        start(configs[1])
+    start(configs[1])
+    assert read_steps(configs[1]) == read_steps(configs[0])
+    assert [step["samples"] for step in read_steps(configs[0]).values()] == [4, 8, 16, 24, 32, 40]
+    assert same_files(configs[1], configs[0], step=6)
+    last = read_records(Path(configs[1].run_dir), event="step")[-1]
+    assert last["skipped"] == 1
 
 
 def test_a_finished_run_started_again_does_nothing(undisturbed: RunConfig) -> None:

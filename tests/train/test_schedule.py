@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 
+from tests.train.tiny import tiny_model
 from train.schedule import (
     BatchRampConfig,
+    ChangeConfig,
+    ChangesConfig,
     ConstantSchedule,
     CosineSchedule,
     MultiStepSchedule,
@@ -15,6 +18,7 @@ from train.schedule import (
     batch_size,
     check_schedule,
     learning_rate,
+    model_at,
 )
 
 
@@ -60,6 +64,27 @@ def test_batch_ramp_passes_every_level_and_ends_at_the_batch_size() -> None:
     assert [batch_size(config, step) for step in range(9)] == [4, 4, 8, 8, 12, 12, 12, 12, 12]
 
 
+def test_a_changed_rate_holds_until_the_next_change_whatever_the_shape() -> None:
+    changes = ChangesConfig(learning_rate=ChangeConfig(steps=[6, 8], values=[0.25, 0.125]))
+    config = WSDSchedule(steps=10, batch_size=1, peak_lr=1.0, decay_steps=5, changes=changes)
+    assert rates(config) == [1.0] * 5 + [0.8] + [0.25] * 2 + [0.125] * 2
+
+
+def test_the_models_weights_change_at_their_steps() -> None:
+    changes = ChangesConfig(
+        mtp_loss_weight=ChangeConfig(steps=[2], values=[0.125]),
+        bias_update_speed=ChangeConfig(steps=[3], values=[0.0]),
+    )
+    config = ConstantSchedule(steps=4, batch_size=1, peak_lr=1.0, changes=changes)
+    model = tiny_model()
+    assert model.moe is not None
+    got = [model_at(model, config, step) for step in range(4)]
+    assert [at.mtp.loss_weight for at in got] == [0.3, 0.3, 0.125, 0.125]
+    assert [at.moe.router.bias_update_speed for at in got] == [0.01, 0.01, 0.01, 0.0]
+    assert model == tiny_model(), "the run's own config changed"
+    assert model_at(model, ConstantSchedule(steps=4, batch_size=1, peak_lr=1.0), 3) is model
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -73,6 +98,24 @@ def test_batch_ramp_passes_every_level_and_ends_at_the_batch_size() -> None:
         (
             CosineSchedule(steps=4, batch_size=1, peak_lr=1.0, constant_steps=5),
             "exceed schedule.steps=4",
+        ),
+        (
+            ConstantSchedule(
+                steps=4,
+                batch_size=1,
+                peak_lr=1.0,
+                changes=ChangesConfig(learning_rate=ChangeConfig(steps=[4], values=[0.5])),
+            ),
+            r"schedule.changes.learning_rate.steps=\[4\] must rise from 0 to at most 3",
+        ),
+        (
+            ConstantSchedule(
+                steps=4,
+                batch_size=1,
+                peak_lr=1.0,
+                changes=ChangesConfig(mtp_loss_weight=ChangeConfig(steps=[1], values=[-0.5])),
+            ),
+            r"schedule.changes.mtp_loss_weight.values=\[-0.5\] must not be negative",
         ),
         (
             MultiStepSchedule(steps=4, batch_size=1, peak_lr=1.0, milestones=[0.9, 0.8]),

@@ -1,0 +1,124 @@
+"""As a user does it: a published model is imported, trained further, exported and served."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from data.tokenizer import load_tokenizer
+from launch import cli
+from tests.command import thrifty
+from tests.train.families import GROUPED, moe
+from tests.train.random_run import random_run
+from tests.train.tiny import tiny_model, tiny_run
+from train.hub_config import to_hub_config
+from train.hub_tokenizer import export_tokenizer
+
+
+@pytest.fixture(scope="module")
+def published(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny V3 that transformers has made and saved, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("published")
+    values = to_hub_config(tiny_model(moe=moe(GROUPED)), max_seq_len=64)
+    (folder / "config.json").write_text(json.dumps(values))
+    settings = transformers.AutoConfig.from_pretrained(folder)
+    transformers.AutoModelForCausalLM.from_config(settings).save_pretrained(folder)
+    data = tiny_run(folder).data
+    data.folder = str(corpus)
+    assert export_tokenizer(data, folder, max_seq_len=64) == ""
+    return folder
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["thrifty", *arguments])
+    return cli.main()
+
+
+def test_a_published_model_is_imported_trained_exported_and_served(
+    published: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = run(
+        monkeypatch,
+        *("import", f"from={published}", "run_dir=run"),
+        *("data=files", f"data.paths=[{Path(__file__).parent}/*.py]", "data.folder=corpus"),
+        *("data.seq_len=16", "data.validation_fraction=0.3", "data.processes=1"),
+        "model.moe.router.bias_update_speed=0.01",
+    )
+    printed = capsys.readouterr().out
+    assert code == 0
+    command = printed.partition("continue with     thrifty ")[2].splitlines()[0]
+
+    code, output = thrifty(
+        *shlex.split(command),
+        *("schedule=constant", "schedule.steps=3", "schedule.batch_size=8"),
+        *("schedule.warmup_steps=0", "parallel.micro_batch_size=4", "evaluation.max_sequences=8"),
+        cwd=tmp_path,
+    )
+    assert code == 0, output
+    assert "resumed from run/checkpoints/step-00000000" in output
+    records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if record["event"] == "evaluation"] == [3]
+
+    assert run(monkeypatch, "export", "run_dir=run", "out=hub") == 0
+    printed = capsys.readouterr().out
+    assert "run               run, step 3" in printed
+    assert "gate, logits      equal to" in printed
+
+    ours = load_tokenizer(Path("hub/tokenizer.json"))
+    pipeline = transformers.pipeline("text-generation", model="hub", dtype=torch.float32)
+    prompt = "def f(a,  b):\n    return"
+    assert pipeline.tokenizer(prompt)["input_ids"] == [ours.bos_id, *ours.encode(prompt)]
+    served = pipeline(prompt, max_new_tokens=8, do_sample=False, return_full_text=False)
+    tokens = torch.tensor([[ours.bos_id, *ours.encode(prompt)]])
+    with torch.no_grad():
+        for _ in range(8):
+            token = pipeline.model(tokens).logits[0, -1].argmax()
+            tokens = torch.cat((tokens, token.view(1, 1)), dim=1)
+    assert served[0]["generated_text"] == ours.decode(tokens[0, -8:].tolist())
+
+    assert run(monkeypatch, "export", "run_dir=run", "out=hub") == 2
+    assert "out=hub is not empty" in capsys.readouterr().err
+
+
+def test_a_failed_gate_leaves_the_folder_and_says_what_differs(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = random_run(tmp_path, corpus, model=tiny_model())
+    out = tmp_path / "hub"
+    exact = ["export", f"run_dir={config.run_dir}", f"out={out}", "tolerance=1e-30"]
+    assert run(monkeypatch, *exact) == 1
+    printed = capsys.readouterr().err
+    assert f"the gate failed, {out} was left as it is" in printed
+    assert "transformers' logits differ from ours" in printed
+    assert (out / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run_dir=run"], "from=FOLDER is missing: the folder of the published model"),
+        (["from=nowhere", "run_dir=run"], "nowhere holds no config.json"),
+    ],
+)
+def test_an_import_that_names_no_model_is_refused(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "import", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
