@@ -33,7 +33,8 @@ def export_job(job: Job) -> ExitCode:
     print(f"weights           {exported.num_bytes / 1e9:.3f} GB in {exported.num_files} files")
     if exported.tokenizer_note:
         print(f"tokenizer         {exported.tokenizer_note}")
-    print(f"gate, files       {exported.gate.num_tensors} tensors equal")
+    if exported.gate.num_tensors:
+        print(f"gate, files       {exported.gate.num_tensors} tensors equal")
     if exported.gate.difference is None:
         print(f"gate, logits      NOT compared: {exported.gate.skipped}")
     else:

@@ -2,9 +2,8 @@
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
@@ -13,21 +12,15 @@ from data.atomic_file import hash_file
 from launch.compose import Job, run_jobs, to_config, worst
 from launch.config import LaunchedRun, check_launched
 from launch.run_folder import hold_folder, prepare_folder
-from train.config import RunConfig, model_schema
-from train.export import PUBLISHED
-from train.import_hub import (
-    describe_model,
-    find_published_tokenizer,
-    import_weights,
-    keep_published,
-)
+from train.config import model_schema
+from train.import_hub import describe_model, import_weights
 from train.outcome import ExitCode
+from train.published import FOLDER, find_published_tokenizer, keep_published
 
 log = logging.getLogger(__name__)
 
 FROM = "from="  # a word that Python keeps for itself, so the key has another name
 KEY = "published"
-OPTIONS = "configs"  # folder of the run with its own options of `model` and `data`
 OPTION = "imported"
 
 
@@ -40,16 +33,19 @@ class ImportedRun(LaunchedRun):
 def main() -> ExitCode:
     """Import the folder that the command line names."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    folders = [text.removeprefix(FROM) for text in sys.argv[1:] if text.startswith(FROM)]
-    sys.argv[1:] = [text for text in sys.argv[1:] if not text.startswith(FROM)]
+    arguments = sys.argv[1:]
+    folders = [text.removeprefix(FROM) for text in arguments if text.startswith(FROM)]
+    sys.argv[1:] = [
+        f"{KEY}={text.removeprefix(FROM)!r}" if text.startswith(FROM) else text
+        for text in arguments
+    ]
     if folders:
-        sys.argv.append(f"{KEY}={folders[-1]!r}")
         try:
             _register_model(Path(folders[-1]).expanduser())
         except (ValueError, OSError) as error:
             print(error, file=sys.stderr)
             return ExitCode.MISTAKE
-    elif not {"--help", "-h"} & set(sys.argv[1:]):
+    elif not {"--help", "-h"} & set(arguments):
         print("from=FOLDER is missing: the folder of the published model", file=sys.stderr)
         return ExitCode.MISTAKE
     return worst(run_jobs(import_job, schema=ImportedRun, config_name="import"))
@@ -71,24 +67,16 @@ def import_job(job: Job) -> ExitCode:
     with hold_folder(run_dir):
         keep_published(published, run_dir)
         if has_own_tokenizer:
-            config.data.tokenizer.path = str(find_published_tokenizer(run_dir / PUBLISHED))
+            config.data.tokenizer.path = str(find_published_tokenizer(run_dir / FOLDER))
         imported = import_weights(published, config)
-        prepare_folder(config)
-        write_options(config, run_dir / OPTIONS)
+        prepare_folder(
+            LaunchedRun(**{f.name: getattr(config, f.name) for f in fields(LaunchedRun)})
+        )
     print(f"imported          {published}, {imported.num_tensors} tensors")
     print(f"parameters        {imported.parameters}")
     print(f"checkpoint        {imported.step_folder}")
-    print(f"continue with     {_continuation(config)}")
+    print(f"continue with     thrifty train run_dir={config.run_dir}")
     return ExitCode.FINISHED
-
-
-def write_options(config: RunConfig, folder: Path) -> None:
-    """The run's model and data as options that `--config-dir` makes known to `thrifty train`."""
-    for group, section in (("model", config.model), ("data", config.data)):
-        (folder / group).mkdir(parents=True, exist_ok=True)
-        defaults = f"defaults:\n  - {section.kind}_schema\n  - _self_\n\n"
-        values = OmegaConf.to_yaml(OmegaConf.structured(section))
-        (folder / group / f"{OPTION}.yaml").write_text(defaults + values)
 
 
 def _register_model(published: Path) -> None:
@@ -97,12 +85,6 @@ def _register_model(published: Path) -> None:
     schema = model_schema(model.kind)
     node = OmegaConf.merge(schema, OmegaConf.structured(model))
     ConfigStore.instance().store(name=OPTION, node=OmegaConf.create({"model": node}))
-
-
-def _continuation(config: RunConfig) -> str:
-    words: list[Any] = ["thrifty train", f"--config-dir {config.run_dir}/{OPTIONS}"]
-    words += [f"model={OPTION}", f"data={OPTION}", f"run_dir={config.run_dir}"]
-    return " ".join([*words, f"seed={config.seed}"] if config.seed else words)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from omegaconf import OmegaConf
 
+from launch.config import LaunchedRun
 from train.checkpoint import FOLDER
 from train.config import CONFIG_FILE, RunConfig, read_config, write_config
 
@@ -16,6 +17,7 @@ from train.config import CONFIG_FILE, RunConfig, read_config, write_config
 FIXED = ("model", "data", "seed", "init_from")
 # Where the corpus lies and how it is checked, not what it is.
 MOVABLE = ("data.folder", "data.processes", "data.verify")
+SECTIONS = {name for name, kind in get_type_hints(LaunchedRun).items() if is_dataclass(kind)}
 
 
 class Change(NamedTuple):
@@ -27,19 +29,45 @@ class Change(NamedTuple):
         return f"{self.key}: {self.old} -> {self.new}"
 
 
-def prepare_folder(config: RunConfig) -> list[Change]:
+def take_up(config: LaunchedRun, overrides: list[str]) -> LaunchedRun:
+    """The config to start with: the composed one, or that of the run which the folder holds.
+
+    A run that has begun goes on as it was last started (`thrifty train run_dir=RUN` is enough),
+    but for the groups whose option the command line chooses (an experiment chooses all), with the
+    command line's values on top.
+
+    Raises:
+        ValueError: The folder's config can't be read.
+    """
+    path = Path(config.run_dir) / CONFIG_FILE
+    chosen = {override.lstrip("+~").split("=")[0] for override in overrides}
+    if "experiment" in chosen or not has_begun(path.parent):
+        return config
+    kept = read_config(path, LaunchedRun)
+    base = replace(kept, **{name: getattr(config, name) for name in SECTIONS & chosen})
+    values = [override for override in overrides if override.split("=")[0] not in SECTIONS]
+    merged = OmegaConf.merge(OmegaConf.structured(base), OmegaConf.from_dotlist(values))
+    settled = OmegaConf.to_object(merged)
+    assert isinstance(settled, LaunchedRun)
+    return settled
+
+
+def has_begun(run_dir: Path) -> bool:
+    """Whether the folder holds a config and a checkpoint: a run that can be continued."""
+    return (run_dir / CONFIG_FILE).is_file() and any((run_dir / FOLDER).glob("step-*"))
+
+
+def prepare_folder(config: LaunchedRun) -> list[Change]:
     """What changed since the folder's last start; afterwards it holds the new config.
 
     Raises:
         ValueError: The folder's run has other settings than a continuation may change.
     """
     run_dir = Path(config.run_dir)
-    run = RunConfig(**{field.name: getattr(config, field.name) for field in fields(RunConfig)})
     path = run_dir / CONFIG_FILE
     changes = []
-    has_begun = any((run_dir / FOLDER).glob("step-*"))
-    if path.exists() and has_begun:
-        changes = compare(read_config(path, RunConfig), run)
+    if has_begun(run_dir):
+        changes = compare(read_config(path, LaunchedRun), config)
         refused = [
             change
             for change in changes
@@ -52,7 +80,7 @@ def prepare_folder(config: RunConfig) -> list[Change]:
                 "old values to continue it, or another run_dir to start a new run"
             )
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_config(run, path)
+    write_config(config, path)
     return changes
 
 

@@ -10,7 +10,7 @@ from data.prepare import prepare
 from launch.compose import Job, run_jobs, to_config, worst
 from launch.config import LaunchedRun, check_launched
 from launch.local import run_ranks
-from launch.run_folder import hold_folder, prepare_folder
+from launch.run_folder import hold_folder, prepare_folder, take_up
 from launch.sweep import report_sweep
 from train.outcome import ExitCode, Status
 from train.restore import check_start
@@ -36,6 +36,8 @@ def train_job(job: Job) -> ExitCode:
     if job.folder is not None:
         config = dataclasses.replace(config, run_dir=str(job.folder))
         log.info("\nrun %s of the sweep: %s", job.folder.name, " ".join(job.overrides))
+    else:
+        config = take_up(config, job.overrides)
     check_launched(config)
     # Later commands may come from elsewhere; they read where the corpus is in the run's config.
     config.data.folder = str(find_folder(config.data).absolute())

@@ -17,6 +17,7 @@ from data.atomic_file import read_json, write_json
 from data.progress import open_progress
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.rope import RopeScaling
+from train import published
 from train.config import CONFIG_FILE, RunConfig, read_config
 from train.gate import GateReport, check_folder, real_tokens
 from train.hub_config import FILE, FP8_METHOD, family_of, to_hub_config, without_mtp
@@ -26,9 +27,6 @@ from train.hub_names import HubTensor, hub_tensors
 from train.hub_tokenizer import export_tokenizer, find_tokenizer
 from train.stored_tensors import StoredTensors, open_checkpoint
 from train.tensor_stream import cut_shards, write_stream
-
-PUBLISHED = "published"  # folder of an imported run that keeps what training does not change
-GENERATION = "generation_config.json"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -85,10 +83,10 @@ def export(config: ExportConfig) -> Exported:
     num_bytes, num_files = _write_weights(
         out, tensors, stored, dtype=config.dtype, shard_bytes=config.shard_bytes
     )
-    published = Path(config.run_dir) / PUBLISHED
-    max_seq_len = _max_seq_len(run, published)
+    kept = Path(config.run_dir) / published.FOLDER
+    max_seq_len = _max_seq_len(run, kept)
     note = export_tokenizer(run.data, out, max_seq_len=max_seq_len)
-    write_json(out / GENERATION, _generation_config(tokenizer, published))
+    write_json(out / published.GENERATION, _generation_config(tokenizer, kept))
     described = to_hub_config(model, max_seq_len=max_seq_len)
     write_json(out / FILE, described | _token_ids(tokenizer) | _number_format(config.dtype))
 
@@ -156,19 +154,19 @@ def _encode_all(
         )
 
 
-def _max_seq_len(run: RunConfig, published: Path) -> int:
+def _max_seq_len(run: RunConfig, kept: Path) -> int:
     """Positions that the model is good for: as published, as stretched, or as trained on."""
     lengths = [run.data.seq_len]
     if run.model.rope.scaling in (RopeScaling.yarn, RopeScaling.llama3):
         lengths.append(round(run.model.rope.original_seq_len * run.model.rope.factor))
-    if (published / FILE).is_file():
-        lengths.append(int(read_json(published / FILE)["max_position_embeddings"]))
+    if (kept / FILE).is_file():
+        lengths.append(int(read_json(kept / FILE)["max_position_embeddings"]))
     return max(lengths)
 
 
-def _generation_config(tokenizer: Tokenizer, published: Path) -> dict[str, Any]:
-    kept = read_json(published / GENERATION) if (published / GENERATION).is_file() else {}
-    return {"_from_model_config": not kept, **_token_ids(tokenizer), **kept}
+def _generation_config(tokenizer: Tokenizer, kept: Path) -> dict[str, Any]:
+    path = kept / published.GENERATION
+    return _token_ids(tokenizer) | (read_json(path) if path.is_file() else {})
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, int]:

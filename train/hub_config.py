@@ -135,24 +135,18 @@ def to_hub_config(config: ModelConfig, *, max_seq_len: int) -> dict[str, Any]:
     values |= _old_rope(rope)
     match attention:
         case GQAConfig():
-            values["num_key_value_heads"] = attention.num_kv_heads
-            values["head_dim"] = attention.head_dim
-        case MLAConfig():
-            values |= {
-                "num_key_value_heads": attention.num_heads,
-                "q_lora_rank": attention.q_lora_rank,
-                "kv_lora_rank": attention.kv_lora_rank,
-                "qk_nope_head_dim": attention.nope_head_dim,
-                "qk_rope_head_dim": attention.rope_head_dim,
-                "v_head_dim": attention.v_head_dim,
-                "first_k_dense_replace": config.num_dense_layers,
+            return values | {
+                "num_key_value_heads": attention.num_kv_heads,
+                "head_dim": attention.head_dim,
             }
-            if family is Family.deepseek_v3:
-                values["num_nextn_predict_layers"] = config.mtp.depth
-            if not _has_experts(config):  # MTP's block is dense too
-                values["first_k_dense_replace"] += config.mtp.depth
-            else:
-                values |= _to_hub_experts(config, family)
+        case MLAConfig():
+            values |= _to_hub_latent(attention)
+    values["first_k_dense_replace"] = config.num_dense_layers
+    if family is Family.deepseek_v3:
+        values["num_nextn_predict_layers"] = config.mtp.depth
+    if _has_experts(config):
+        return values | _to_hub_experts(config, family)
+    values["first_k_dense_replace"] += config.mtp.depth  # MTP's block is dense too
     return values
 
 
@@ -229,6 +223,17 @@ def _dense_model(values: HubConfig, common: dict[str, Any], *, has_bias: bool) -
             qkv_bias=has_bias,
         ),
     )
+
+
+def _to_hub_latent(attention: MLAConfig) -> dict[str, Any]:
+    return {
+        "num_key_value_heads": attention.num_heads,
+        "q_lora_rank": attention.q_lora_rank,
+        "kv_lora_rank": attention.kv_lora_rank,
+        "qk_nope_head_dim": attention.nope_head_dim,
+        "qk_rope_head_dim": attention.rope_head_dim,
+        "v_head_dim": attention.v_head_dim,
+    }
 
 
 def _to_hub_experts(config: ModelConfig, family: Family) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from data.config import DataConfig
 from data.prepare import tokenizer_path
 from data.tokenizer import SPACE_MARK, Tokenizer, load_tokenizer
 
-JSON = "tokenizer.json"
+JSON, MODEL = "tokenizer.json", "tokenizer.model"
 CONFIG = "tokenizer_config.json"
 # What belongs to a tokenizer in a published folder, besides the file that `data` reads.
 COMPANIONS = (CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
@@ -46,11 +46,11 @@ def export_tokenizer(data: DataConfig, out: Path, *, max_seq_len: int) -> str:
         if data.tokenizer.path is not None:
             copy_companions(Path(data.tokenizer.path).expanduser().parent, out)
     else:
-        shutil.copyfile(path, out / "tokenizer.model")
+        shutil.copyfile(path, out / MODEL)
         model = spm.ModelProto.FromString(path.read_bytes())
         obstacle = find_obstacle(model)
         if obstacle:
-            return f"tokenizer.model was not converted to {JSON}: {obstacle}"
+            return f"{MODEL} was not converted to {JSON}: {obstacle}"
         (out / JSON).write_text(json.dumps(to_json(model, bos_id=tokenizer.bos_id)))
     if not (out / CONFIG).exists():
         write_json(out / CONFIG, _describe(out / JSON, tokenizer, max_seq_len=max_seq_len))

@@ -1,12 +1,10 @@
 """A published Hugging Face folder as step 0 of a run, read and written tensor by tensor.
 
 The run starts with the folder's weights and with moments of zero, as after a resume: any layout
-continues it. What training does not change (config.json, the tokenizer, generation settings) is
-kept in RUN/published, for the day of the export.
+continues it.
 """
 
 import logging
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
@@ -23,11 +21,9 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 from train.checkpoint import PARTIAL, Checkpoints
 from train.config import CONFIG_FILE, RunConfig
-from train.export import GENERATION, PUBLISHED
 from train.hub_config import FILE, HubConfig, from_hub_config, read_hub_config
 from train.hub_folder import HubFolder
 from train.hub_names import Family, HubTensor, hub_tensors
-from train.hub_tokenizer import JSON, copy_companions
 from train.manifest import Manifest, Part, Piece, StoredTensor, merge_runs, write_manifest
 from train.progress import Progress
 from train.tensor_file import BLOCK_BYTES, sync_folder
@@ -37,7 +33,6 @@ log = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SHARD_BYTES = 8_000_000_000
-TOKENIZERS = (JSON, "tokenizer.model")  # the first that is there
 
 
 class Imported(NamedTuple):
@@ -67,7 +62,7 @@ def describe_model(published: Path) -> ModelConfig:
         ValueError: It is no such folder, or a model that can't be built here; names the key.
     """
     values = read_hub_config(published)
-    depth = values.get("num_nextn_predict_layers", 0)
+    depth = values.get("num_nextn_predict_layers") or 0
     if depth and not _has_mtp(published, values):
         log.warning(
             "%s announces num_nextn_predict_layers=%d in %s, but the folder holds no MTP "
@@ -78,30 +73,6 @@ def describe_model(published: Path) -> ModelConfig:
         )
         depth = 0
     return from_hub_config(values, mtp_depth=depth)
-
-
-def find_published_tokenizer(published: Path) -> Path:
-    """The folder's tokenizer.json, or its tokenizer.model.
-
-    Raises:
-        ValueError: There is neither.
-    """
-    for name in TOKENIZERS:
-        if (published / name).is_file():
-            return published / name
-    raise ValueError(
-        f"{published} holds neither {' nor '.join(TOKENIZERS)}; give one with data.tokenizer.path"
-    )
-
-
-def keep_published(published: Path, run_dir: Path) -> None:
-    """Copy the folder's small files into the run's."""
-    kept = run_dir / PUBLISHED
-    kept.mkdir(parents=True, exist_ok=True)
-    copy_companions(published, kept)
-    for name in (FILE, GENERATION, *TOKENIZERS):
-        if (published / name).is_file():
-            shutil.copyfile(published / name, kept / name)
 
 
 def import_weights(published: Path, config: RunConfig) -> Imported:

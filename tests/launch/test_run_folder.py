@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from launch.config import LaunchedRun
-from launch.run_folder import hold_folder, newest_run, prepare_folder
+from launch.run_folder import hold_folder, newest_run, prepare_folder, take_up
 from tests.command import compose
 from train.config import CONFIG_FILE, RunConfig, read_config
 
@@ -50,6 +50,33 @@ def test_a_folder_of_another_run_is_refused_and_left_as_it_was(
     with pytest.raises(ValueError, match=rf"holds a run with other settings \(.*{key}: "):
         prepare_folder(other)
     assert (Path(config.run_dir) / CONFIG_FILE).read_text() == before
+
+
+def test_a_run_continues_with_its_own_settings_and_the_values_given(config: LaunchedRun) -> None:
+    config.launch.processes = 2
+    begin(config)
+    overrides = [f"run_dir={config.run_dir}", "schedule.steps=400"]
+    continued = take_up(compose(*overrides), overrides)
+    expected = replace(config, schedule=replace(config.schedule, steps=400))
+    assert continued == expected
+
+
+def test_a_chosen_group_is_taken_from_the_command_line_and_the_others_from_the_run(
+    config: LaunchedRun,
+) -> None:
+    begin(config)
+    overrides = [f"run_dir={config.run_dir}", "schedule=wsd", "schedule.decay_steps=3"]
+    continued = take_up(compose(*overrides), overrides)
+    assert (continued.model, continued.data) == (config.model, config.data)
+    assert continued.schedule.kind == "wsd"
+    assert continued.schedule.decay_steps == 3
+
+
+def test_an_experiment_on_the_command_line_chooses_all(config: LaunchedRun) -> None:
+    begin(config)
+    overrides = [f"run_dir={config.run_dir}", "experiment=demo"]
+    composed = compose(*overrides)
+    assert take_up(composed, overrides) is composed
 
 
 def test_a_folder_without_a_checkpoint_takes_any_settings(config: LaunchedRun) -> None:

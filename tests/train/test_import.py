@@ -25,7 +25,8 @@ from train.export import ExportConfig, export
 from train.fp8_blocks import dequantise, quantise
 from train.hub_config import to_hub_config
 from train.hub_dtype import SCALE, HubDtype
-from train.import_hub import describe_model, import_weights, keep_published
+from train.import_hub import describe_model, import_weights
+from train.published import keep_published
 from train.ranks import alone
 from train.restore import restore
 from train.stored_tensors import StoredTensors, open_checkpoint

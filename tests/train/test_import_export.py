@@ -104,6 +104,16 @@ def test_a_failed_gate_leaves_the_folder_and_says_what_differs(
     assert (out / "model.safetensors").is_file()
 
 
+def test_an_import_s_config_is_printed_with_the_folder_s_model(
+    published: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [f"from={published}", "model.moe.balance_loss_weight=0.5"]
+    assert run(monkeypatch, "import", *overrides, "--cfg", "job") == 0
+    printed = capsys.readouterr().out
+    assert "balance_loss_weight: 0.5" in printed
+    assert "num_experts: 8" in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
