@@ -10,6 +10,7 @@ from launch.config import LaunchedRun
 from launch.help import describe_options
 from launch.keys import Key, list_keys
 from train.evaluate import EvaluateConfig
+from train.export import ExportConfig
 from train.generate import GenerateConfig
 
 PAGE = Path("docs/configs.md")
@@ -35,7 +36,11 @@ def write_reference() -> str:
         options = list(_options(section))
         lines += [*options, ""] if options else []
         lines += [*_table(keys), ""]
-    schemas: dict[str, type[Any]] = {"evaluate": EvaluateConfig, "generate": GenerateConfig}
+    schemas: dict[str, type[Any]] = {
+        "evaluate": EvaluateConfig,
+        "generate": GenerateConfig,
+        "export": ExportConfig,
+    }
     for verb, schema in schemas.items():
         lines += [f"## thrifty {verb}", "", *_table(list_keys(schema)), ""]
     return "\n".join(lines)
