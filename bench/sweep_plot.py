@@ -55,14 +55,13 @@ def draw(runs: Runs, key: str, image: Path) -> None:
 
 
 def print_table(runs: Runs, key: str) -> None:
-    print(f"| {key} | parameters | active | tokens/s | validation loss of each run | mean |")
-    print("|---|---|---|---|---|---|")
+    print(f"| {key} | parameters | active | validation loss of each run | mean |")
+    print("|---|---|---|---|---|")
     for value, group in runs.items():
         losses = [run["validation_loss"] for run in group]
         print(
             f"| {value} | {group[0]['parameters_total'] / 1e6:.2f} M "
             f"| {group[0]['parameters_active'] / 1e6:.2f} M "
-            f"| {mean(run['tokens_per_second'] for run in group):,.0f} "
             f"| {', '.join(f'{loss:.3f}' for loss in losses)} | {mean(losses):.3f} |"
         )
 
