@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from train.outcome import ExitCode, Outcome, Status, write_outcome
 log = logging.getLogger("train")
 
 TIMEOUT_MINUTES = 30.0
+# A rank that dies breaks the others' collectives. DeepSpeed's launcher looks once a second and
+# names the first death that it finds, so those that only noticed one linger.
+LAUNCHER_POLL_SECONDS = 2.0
 
 
 def main() -> ExitCode:
@@ -43,6 +47,8 @@ def main() -> ExitCode:
         return ExitCode.FAILED
     except Exception as error:
         report_failure(run_dir, repr(error))
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            time.sleep(LAUNCHER_POLL_SECONDS)
         raise
 
 
