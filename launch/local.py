@@ -17,14 +17,13 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Self
 
 import psutil
 import torch
 
 from launch.config import LaunchConfig, threads_of
 from launch.rank import log_path
+from train.interrupt import on_stop_signal
 from train.outcome import OUTCOME_FILE, Outcome, Status, read_outcome
 
 log = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ def run_ranks(run_dir: Path, launch: LaunchConfig) -> Outcome:
         start_new_session=True,  # the terminal's Ctrl-C reaches this process alone
     )
     ranks = LocalRanks(process, run_dir)
-    with ranks:
+    with on_stop_signal(ranks.stop):
         process.wait()
         ranks.end_orphans()
     outcome = read_outcome(run_dir)
@@ -64,29 +63,13 @@ def run_ranks(run_dir: Path, launch: LaunchConfig) -> Outcome:
 
 
 class LocalRanks:
-    """The run's processes. While entered, SIGINT and SIGTERM to this process reach the ranks."""
+    """The run's processes: found, told to stop, ended."""
 
     def __init__(self, process: subprocess.Popen[bytes], run_dir: Path) -> None:
         self.process = process
         self.run_dir = run_dir
         self.num_signals = 0
-        self.is_killed = False
         self.is_stopped_early = False  # a signal came before there was a rank to save anything
-        self._previous: dict[int, signal._HANDLER] = {}
-
-    def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._stop)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
     def end_orphans(self) -> None:
         """Wait for ranks that outlived their launcher; kill what is left of the run."""
@@ -95,7 +78,8 @@ class LocalRanks:
             time.sleep(0.1)
         self._kill()
 
-    def _stop(self, _number: int, _frame: FrameType | None) -> None:
+    def stop(self) -> None:
+        """Ask the ranks to save and end; asked a third time, kill them."""
         self.num_signals += 1
         if self.num_signals == 1:
             log.warning("stopping: the ranks finish their step and save")
@@ -108,7 +92,6 @@ class LocalRanks:
         elif self.num_signals == 2:
             log.warning("still saving; once more kills the ranks (the last checkpoint stays)")
         else:
-            self.is_killed = True
             self._kill()
 
     def _ranks(self) -> list[psutil.Process]:

@@ -149,6 +149,23 @@ class Checkpoints:
             )
         return None
 
+    def choose(self, ranks: Ranks, *, step: int | None) -> Manifest:
+        """The checkpoint of that step; with None the newest that is whole.
+
+        Raises:
+            ValueError: There is no such checkpoint.
+        """
+        if step is None:
+            manifest = self.find_newest(ranks)
+            if manifest is None:
+                raise ValueError(f"{self.folder} has no checkpoint yet; train the run first")
+            return manifest
+        if step not in self.steps():
+            raise ValueError(
+                f"step={step} has no checkpoint in {self.folder}; choose one of {self.steps()}"
+            )
+        return read_manifest(self.path(step))
+
     def _remove_old(self, saved_step: int) -> None:
         """Keep the newest up to the one just saved; those beyond it were found damaged."""
         for path in self.folder.glob(f"step-*{PARTIAL}"):

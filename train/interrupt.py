@@ -1,30 +1,31 @@
 """SIGTERM and Ctrl-C as a wish that the loop asks for, not as an exception inside a step."""
 
 import signal
-from types import FrameType, TracebackType
-from typing import Self
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 
 class Interrupt:
-    """While entered, a signal only notes that the run should stop; a second changes nothing."""
+    """Whether the run was asked to stop; being asked again changes nothing."""
 
     def __init__(self) -> None:
         self.is_requested = False
-        self._previous: dict[int, signal._HANDLER] = {}
 
-    def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
+    def note(self) -> None:
         self.is_requested = True
+
+
+@contextmanager
+def on_stop_signal(handle: Callable[[], None]) -> Iterator[None]:
+    """While entered, SIGTERM and SIGINT call `handle` and do nothing else."""
+
+    def call(_number: int, _frame: FrameType | None) -> None:
+        handle()
+
+    previous = {number: signal.signal(number, call) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 
 from train.config import RunConfig
-from train.interrupt import Interrupt
+from train.interrupt import Interrupt, on_stop_signal
 from train.outcome import Outcome, Status
 from train.progress import refuse_divergence
 from train.ranks import Ranks
@@ -20,8 +20,9 @@ def train(config: RunConfig, ranks: Ranks) -> Outcome:
         SaveError: A checkpoint could not be written, and the config says to stop then.
         FloatingPointError: Too many steps in a row had gradients that were not finite.
     """
+    interrupt = Interrupt()
     with ExitStack() as stack:
-        interrupt = stack.enter_context(Interrupt())
+        stack.enter_context(on_stop_signal(interrupt.note))
         run = Run(config, ranks)
         batches = stack.enter_context(run.batches)
         journal = stack.enter_context(run.open_journal())

@@ -10,7 +10,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
 from train.checkpoint import Checkpoints, load
 from train.config import CONFIG_FILE, RunConfig, read_config
-from train.manifest import Fragment, Manifest, read_manifest
+from train.manifest import Fragment
 from train.ranks import Ranks
 
 
@@ -29,7 +29,7 @@ def restore(run_dir: Path, *, ranks: Ranks, step: int | None = None) -> Restored
     """
     config = read_config(run_dir / CONFIG_FILE, RunConfig)
     checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep)
-    manifest = _choose(checkpoints, ranks=ranks, step=step)
+    manifest = checkpoints.choose(ranks, step=step)
     tokenizer = load_tokenizer(tokenizer_path(config.data))
     if tokenizer.fingerprint != manifest.tokenizer:
         raise ValueError(
@@ -67,17 +67,3 @@ def weight_fragments(model: nn.Module) -> list[Fragment]:
         for name, buffer in model.named_buffers()
     ]
     return weights + buffers
-
-
-def _choose(checkpoints: Checkpoints, *, ranks: Ranks, step: int | None) -> Manifest:
-    if step is not None:
-        if step not in checkpoints.steps():
-            raise ValueError(
-                f"step={step} has no checkpoint in {checkpoints.folder}; "
-                f"choose one of {checkpoints.steps()}"
-            )
-        return read_manifest(checkpoints.path(step))
-    manifest = checkpoints.find_newest(ranks)
-    if manifest is None:
-        raise ValueError(f"{checkpoints.folder} has no checkpoint yet; train the run first")
-    return manifest

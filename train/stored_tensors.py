@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from train.checkpoint import Checkpoints
-from train.manifest import Manifest, read_manifest
+from train.manifest import Manifest
 from train.ranks import alone
 from train.tensor_stream import TensorFile
 
@@ -62,15 +62,5 @@ def open_checkpoint(run_dir: Path, *, step: int | None) -> StoredTensors:
         ValueError: There is no such checkpoint.
     """
     checkpoints = Checkpoints(run_dir, keep=1)  # nothing is saved, so nothing goes
-    if step is None:
-        manifest = checkpoints.find_newest(alone())
-        if manifest is None:
-            raise ValueError(f"{checkpoints.folder} has no checkpoint yet; train the run first")
-    elif step in checkpoints.steps():
-        manifest = read_manifest(checkpoints.path(step))
-    else:
-        raise ValueError(
-            f"step={step} has no checkpoint in {checkpoints.folder}; "
-            f"choose one of {checkpoints.steps()}"
-        )
+    manifest = checkpoints.choose(alone(), step=step)
     return StoredTensors(checkpoints.path(manifest.step), manifest)
