@@ -24,8 +24,8 @@ from model.router import RouterConfig
 from model.transformer import Transformer
 from train.checkpoint import FOLDER
 from train.config import CONFIG_FILE, RunConfig, write_config
-from train.export import ExportConfig, export
-from train.import_hub import import_weights
+from train.hub.export import ExportConfig, export
+from train.hub.import_weights import import_weights
 from train.manifest import Manifest, Part, Piece, StoredTensor, merge_runs, write_manifest
 from train.parallel import ParallelConfig
 from train.schedule import ConstantSchedule

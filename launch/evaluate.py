@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 from launch.compose import Job, run_jobs, to_config, worst
 from launch.run_folder import newest_run
-from train.evaluate import EvaluateConfig, evaluate_run
+from train.evaluate_run import EvaluateConfig, evaluate_run
 from train.outcome import ExitCode
 
 

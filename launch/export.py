@@ -7,8 +7,8 @@ from omegaconf import OmegaConf
 
 from launch.compose import Job, run_jobs, to_config, worst
 from launch.run_folder import newest_run
-from train.export import ExportConfig, export
-from train.gate import GateError
+from train.hub.export import ExportConfig, export
+from train.hub.gate import GateError
 from train.outcome import ExitCode
 
 

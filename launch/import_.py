@@ -13,9 +13,9 @@ from launch.compose import Job, run_jobs, to_config, worst
 from launch.config import LaunchedRun, check_launched
 from launch.run_folder import hold_folder, prepare_folder
 from train.config import model_schema
-from train.import_hub import describe_model, import_weights
+from train.hub.import_weights import describe_model, import_weights
+from train.hub.published import FOLDER, find_published_tokenizer, keep_published
 from train.outcome import ExitCode
-from train.published import FOLDER, find_published_tokenizer, keep_published
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Any
 from launch.config import LaunchedRun
 from launch.help import describe_options
 from launch.keys import Key, list_keys
-from train.evaluate import EvaluateConfig
-from train.export import ExportConfig
+from train.evaluate_run import EvaluateConfig
 from train.generate import GenerateConfig
+from train.hub.export import ExportConfig
 
 PAGE = Path("docs/configs.md")
 

@@ -1,6 +1,7 @@
 """Arrows between packages: launch -> train -> model, train -> data, launch -> data."""
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ FORBIDDEN = {
 }
 
 # Each of these is known to one place only (tests and bench apart).
-CONFINED = {"deepspeed": "train/engine.py", "hydra": "launch/", "transformers": "train/gate.py"}
+CONFINED = {"deepspeed": "train/engine.py", "hydra": "launch/", "transformers": "train/hub/gate.py"}
 
 
 def source_files() -> list[Path]:
@@ -51,4 +52,14 @@ def test_a_confined_library_is_imported_in_its_place_only(library: str) -> None:
 
 def test_packages_have_empty_init_files() -> None:
     for package in (*PACKAGES, "configs"):
-        assert (ROOT / package / "__init__.py").read_text() == ""
+        folders = {path.parent for path in (ROOT / package).rglob("*.py")}
+        for folder in folders:
+            assert (folder / "__init__.py").read_text() == ""
+
+
+def test_every_package_is_installed() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in source_files()}
+    assert folders | {"configs"} == {
+        name.replace(".", "/") for name in settings["tool"]["setuptools"]["packages"]
+    }

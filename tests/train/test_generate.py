@@ -17,7 +17,7 @@ from tests.ranks import run_ranks
 from tests.train.tiny import tiny_run
 from train.config import CONFIG_FILE, RunConfig, write_config
 from train.engine import join
-from train.evaluate import EvaluateConfig, evaluate_run
+from train.evaluate_run import EvaluateConfig, evaluate_run
 from train.generate import GenerateConfig, Writer, read_prompts
 from train.journal import read_records
 from train.loop import train as train_run

@@ -13,7 +13,7 @@ from tests.train.tiny import SEQ_LEN, tiny_model, tiny_run
 from train.checkpoint import Checkpoints
 from train.config import CONFIG_FILE, RunConfig, check_run, write_config
 from train.engine import join
-from train.evaluate import EvaluateConfig, evaluate_run
+from train.evaluate_run import EvaluateConfig, evaluate_run
 from train.journal import read_records
 from train.loop import train as train_run
 from train.manifest import read_manifest

@@ -12,11 +12,11 @@ import transformers
 from data.tokenizer import load_tokenizer
 from launch import cli
 from tests.command import thrifty
-from tests.train.families import GROUPED, moe
+from tests.train.hub.families import GROUPED, moe
 from tests.train.random_run import random_run
 from tests.train.tiny import tiny_model, tiny_run
-from train.hub_config import to_hub_config
-from train.hub_tokenizer import export_tokenizer
+from train.hub.config import to_hub_config
+from train.hub.tokenizer import export_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_a_published_model_is_imported_trained_exported_and_served(
     code = run(
         monkeypatch,
         *("import", f"from={published}", "run_dir=run"),
-        *("data=files", f"data.paths=[{Path(__file__).parent}/*.py]", "data.folder=corpus"),
+        *("data=files", f"data.paths=[{Path(__file__).parents[1]}/*.py]", "data.folder=corpus"),
         *("data.seq_len=16", "data.validation_fraction=0.3", "data.processes=1"),
         "model.moe.router.bias_update_speed=0.01",
     )

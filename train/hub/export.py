@@ -17,14 +17,14 @@ from data.atomic_file import read_json, write_json
 from data.progress import open_progress
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.rope import RopeScaling
-from train import published
 from train.config import CONFIG_FILE, RunConfig, read_config
-from train.gate import GateReport, check_folder, real_tokens
-from train.hub_config import FILE, FP8_METHOD, family_of, to_hub_config, without_mtp
-from train.hub_dtype import HubDtype, encode, stored_specs
-from train.hub_folder import INDEX, SINGLE
-from train.hub_names import HubTensor, hub_tensors
-from train.hub_tokenizer import export_tokenizer, find_tokenizer
+from train.hub import published
+from train.hub.config import FILE, FP8_METHOD, family_of, to_hub_config, without_mtp
+from train.hub.dtype import HubDtype, encode, stored_specs
+from train.hub.folder import INDEX, SINGLE
+from train.hub.gate import GateReport, check_folder, real_tokens
+from train.hub.names import HubTensor, hub_tensors
+from train.hub.tokenizer import export_tokenizer, find_tokenizer
 from train.stored_tensors import StoredTensors, open_checkpoint
 from train.tensor_stream import cut_shards, write_stream
 

@@ -14,16 +14,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.modeling_layers import MtpModel
 
-import train.gate
+import train.hub.gate
 from data.tokenizer import load_tokenizer
 from model.config import MTPConfig
 from model.rope import rotation
-from tests.train.families import FAMILIES, GROUPED, moe
+from tests.train.hub.families import FAMILIES, GROUPED, moe
 from tests.train.random_run import random_run
 from tests.train.tiny import tiny_model
 from train.config import CONFIG_FILE, RunConfig, write_config
-from train.export import ExportConfig, export
-from train.gate import (
+from train.hub.config import family_of
+from train.hub.dtype import HubDtype
+from train.hub.export import ExportConfig, export
+from train.hub.folder import HubFolder
+from train.hub.gate import (
     GateError,
     GateReport,
     check_folder,
@@ -32,11 +35,8 @@ from train.gate import (
     real_tokens,
     their_logits,
 )
-from train.hub_config import family_of
-from train.hub_dtype import HubDtype
-from train.hub_folder import HubFolder
-from train.hub_names import hub_tensors
-from train.hub_tokenizer import find_tokenizer
+from train.hub.names import hub_tensors
+from train.hub.tokenizer import find_tokenizer
 from train.ranks import alone
 from train.restore import restore
 from train.stored_tensors import open_checkpoint
@@ -281,13 +281,13 @@ def test_without_memory_or_transformers_the_gate_says_what_it_left_out(
     case: Case, tampered: Callable[[Change], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(train.gate, "MEMORY_FACTOR", 1e12)
+        patch.setattr(train.hub.gate, "MEMORY_FACTOR", 1e12)
         report = case.check(case.out)
         assert report.difference is None
         assert "GB of host memory in fp32" in report.skipped
         with pytest.raises(GateError, match="is missing"):
             case.check(tampered(drop_bias))
-    monkeypatch.setattr(train.gate, "find_spec", lambda name: None)
+    monkeypatch.setattr(train.hub.gate, "find_spec", lambda name: None)
     assert "transformers is not installed" in case.check(case.out).skipped
 
 

@@ -6,8 +6,8 @@ RUN/published/config.json  generation_config.json  tokenizer.json  tokenizer_con
 import shutil
 from pathlib import Path
 
-from train.hub_config import FILE
-from train.hub_tokenizer import JSON, MODEL, copy_companions
+from train.hub.config import FILE
+from train.hub.tokenizer import JSON, MODEL, copy_companions
 
 FOLDER = "published"
 GENERATION = "generation_config.json"

@@ -5,8 +5,8 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from train.fp8_blocks import count_blocks, dequantise, quantise
-from train.hub_names import HubTensor
+from train.hub.fp8_blocks import count_blocks, dequantise, quantise
+from train.hub.names import HubTensor
 from train.tensor_stream import TensorSpec
 
 SCALE = "_scale_inv"  # after the name of a matrix in FP8: its blocks' scales

@@ -14,9 +14,9 @@ from model.gqa import GQAConfig
 from model.mla import MLAConfig
 from model.moe import MoEConfig
 from model.router import GroupScore, RouterConfig, Score
-from train.fp8_blocks import BLOCK
-from train.hub_names import Family
-from train.hub_rope import from_hub_rope, to_hub_rope
+from train.hub.fp8_blocks import BLOCK
+from train.hub.names import Family
+from train.hub.rope import from_hub_rope, to_hub_rope
 
 FILE = "config.json"
 ARCHITECTURES = {

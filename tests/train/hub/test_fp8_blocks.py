@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train.fp8_blocks import count_blocks, dequantise, quantise
+from train.hub.fp8_blocks import count_blocks, dequantise, quantise
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (300, 200), (5, 7), (576, 130)])

@@ -12,9 +12,9 @@ from data.config import FilesData
 from data.prepare import tokenizer_path
 from data.tokenizer import ModelType, TokenizerConfig, load_tokenizer
 from data.train_tokenizer import sample_passages, train_tokenizer
-from train.hub_tokenizer import export_tokenizer, find_obstacle, to_json
+from train.hub.tokenizer import export_tokenizer, find_obstacle, to_json
 
-SOURCES = [path.read_text() for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
+SOURCES = [path.read_text() for path in sorted(Path(__file__).parents[2].rglob("*.py"))]
 HARD = [
     "",
     " ",

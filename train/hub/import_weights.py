@@ -21,9 +21,9 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 from train.checkpoint import PARTIAL, Checkpoints
 from train.config import CONFIG_FILE, RunConfig
-from train.hub_config import FILE, HubConfig, from_hub_config, read_hub_config
-from train.hub_folder import HubFolder
-from train.hub_names import Family, HubTensor, hub_tensors
+from train.hub.config import FILE, HubConfig, from_hub_config, read_hub_config
+from train.hub.folder import HubFolder
+from train.hub.names import Family, HubTensor, hub_tensors
 from train.manifest import Manifest, Part, Piece, StoredTensor, merge_runs, write_manifest
 from train.progress import Progress
 from train.tensor_file import BLOCK_BYTES, sync_folder

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from data.atomic_file import read_json
-from train.fp8_blocks import count_blocks
-from train.hub_dtype import SCALE, decode
-from train.hub_names import HubTensor
+from train.hub.dtype import SCALE, decode
+from train.hub.fp8_blocks import count_blocks
+from train.hub.names import HubTensor
 from train.tensor_stream import TensorFile, TensorSpec
 
 SINGLE = "model.safetensors"

@@ -26,9 +26,9 @@ from data.samples import open_samples
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.transformer import Transformer
-from train.hub_dtype import HubDtype, decode, encode, stored_specs
-from train.hub_folder import HubFolder
-from train.hub_names import HubTensor
+from train.hub.dtype import HubDtype, decode, encode, stored_specs
+from train.hub.folder import HubFolder
+from train.hub.names import HubTensor
 from train.restore import weight_fragments
 from train.stored_tensors import StoredTensors
 

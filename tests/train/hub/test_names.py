@@ -14,12 +14,12 @@ from model.config import GQAModelConfig, ModelConfig, MTPConfig
 from model.rope import RopeConfig, RopeScaling
 from model.router import GroupScore, RouterConfig, Score
 from tests.command import compose
-from tests.train.families import FAMILIES, LINEAR, SOFTMAX, YARN, dense, moe
+from tests.train.hub.families import FAMILIES, LINEAR, SOFTMAX, YARN, dense, moe
 from tests.train.tiny import tiny_model
-from train.hub_config import HubConfig, family_of, from_hub_config, to_hub_config
-from train.hub_dtype import HubDtype, stored_specs
-from train.hub_names import hub_tensors
-from train.hub_rope import from_hub_rope, to_hub_rope
+from train.hub.config import HubConfig, family_of, from_hub_config, to_hub_config
+from train.hub.dtype import HubDtype, stored_specs
+from train.hub.names import hub_tensors
+from train.hub.rope import from_hub_rope, to_hub_rope
 
 
 def described(config: ModelConfig, folder: Path) -> transformers.PretrainedConfig:
