@@ -1,4 +1,7 @@
-"""`python -m launch.reference`: writes docs/configs.md, every key of every verb, from the code."""
+"""`python -m launch.reference`: writes the pages of docs/ that are made from the code.
+
+docs/configs.md, every key of every verb, is made here; docs/layouts.md in `launch/layout_page.py`.
+"""
 
 from collections.abc import Iterator
 from importlib.resources import files
@@ -6,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from launch import layout_page
 from launch.config import LaunchedRun
 from launch.help import describe_options
 from launch.keys import Key, list_keys
@@ -69,3 +73,4 @@ def _table(keys: Iterator[Key]) -> Iterator[str]:
 
 if __name__ == "__main__":
     PAGE.write_text(write_reference())
+    layout_page.PAGE.write_text(layout_page.write_page())

@@ -17,6 +17,7 @@ from model.config import MODEL_KINDS, ModelConfig, check_model
 from train.checkpoint import CheckpointConfig, check_checkpoint
 from train.evaluation import EvaluationConfig, check_evaluation
 from train.journal import LoggingConfig, check_logging
+from train.layout_rules import Layout, check_layout
 from train.optimizer import OptimizerConfig, check_optimizer
 from train.parallel import ParallelConfig, check_parallel
 from train.precision import PrecisionConfig
@@ -55,7 +56,8 @@ def check_run(config: RunConfig, *, num_ranks: int) -> None:
     check_checkpoint(config.checkpoint)
     check_evaluation(config.evaluation)
     check_logging(config.logging)
-    check_parallel(config.parallel, config.model, config.schedule, num_ranks=num_ranks)
+    check_parallel(config.parallel)
+    check_layout(layout_of(config, num_ranks=num_ranks))
     if not config.run_dir:
         raise ValueError("run_dir is empty; name the folder of the run")
     if config.model.mtp.depth >= config.data.seq_len:
@@ -73,6 +75,18 @@ def check_run(config: RunConfig, *, num_ranks: int) -> None:
             f"init_from={config.init_from} is run_dir itself; leave init_from out to continue that "
             "run, or give another run_dir to start one from its weights"
         )
+
+
+def layout_of(config: RunConfig, *, num_ranks: int) -> Layout:
+    """The part of a run's config that says how it is laid out over ranks."""
+    return Layout(
+        parallel=config.parallel,
+        model=config.model,
+        optimizer=config.optimizer,
+        precision=config.precision,
+        schedule=config.schedule,
+        ranks=num_ranks,
+    )
 
 
 def model_schema(kind: str) -> DictConfig:

@@ -24,6 +24,7 @@ from model.init import first_experts, initial_value, initialise
 from model.moe import MoE
 from model.transformer import Sums, Transformer
 from train.config import RunConfig
+from train.deepspeed_config import deepspeed_config
 from train.manifest import Fragment
 from train.optimizer import build_optimizer, parameter_groups
 from train.parallel import ParallelConfig, Recompute
@@ -88,7 +89,7 @@ class Engine:
             param_groups = [group for group in param_groups if group["params"]]
         self._optimizer = build_optimizer(param_groups, config.optimizer)
         self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self._optimizer, config=_deepspeed_config(config)
+            model=model, optimizer=self._optimizer, config=deepspeed_config(config)
         )
         self._zero = self._engine.optimizer
         self.model: Transformer = self._engine.module
@@ -232,28 +233,6 @@ def _register_experts(model: Transformer, *, ep_size: int, group_name: str) -> N
             }
             for tag, value in tags.items():
                 setattr(parameter, tag, value)
-
-
-def _deepspeed_config(config: RunConfig) -> dict[str, Any]:
-    """DeepSpeed's own config. Accumulation is ours (see `backward`), hence 1 there."""
-    parallel = config.parallel
-    values: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": parallel.micro_batch_size,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.optimizer.clip_norm,
-        "steps_per_print": None,
-        "zero_optimization": {
-            "stage": parallel.zero_stage,
-            "overlap_comm": parallel.overlap_comm,
-            "contiguous_gradients": True,  # without it, wrong gradients under ZeRO-1 with EP
-            "reduce_bucket_size": parallel.reduce_bucket_size,
-            "allgather_bucket_size": parallel.reduce_bucket_size,
-        },
-        "data_types": {"grad_accum_dtype": "fp32"},
-    }
-    if config.precision.dtype is Dtype.bf16:
-        values["bf16"] = {"enabled": True}
-    return values
 
 
 def leave() -> None:

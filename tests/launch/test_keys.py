@@ -1,5 +1,6 @@
 from dataclasses import dataclass
 
+from launch import layout_page
 from launch.config import LaunchedRun
 from launch.keys import Key, list_keys, read_comments
 from launch.reference import PAGE, write_reference
@@ -42,3 +43,5 @@ def test_every_key_but_the_kinds_is_explained() -> None:
 
 def test_the_committed_reference_is_what_the_code_says() -> None:
     assert PAGE.read_text() == write_reference(), "run `make docs` and commit docs/configs.md"
+    page = layout_page.PAGE
+    assert page.read_text() == layout_page.write_page(), f"run `make docs` and commit {page}"

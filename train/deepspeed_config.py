@@ -1,0 +1,28 @@
+"""DeepSpeed's own config, made from the run's."""
+
+from typing import Any
+
+from train.config import RunConfig
+from train.precision import Dtype
+
+
+def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """Accumulation is ours (`Engine.backward`), hence 1 there."""
+    parallel = config.parallel
+    values: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": parallel.micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optimizer.clip_norm,
+        "steps_per_print": None,
+        "zero_optimization": {
+            "stage": parallel.zero_stage,
+            "overlap_comm": parallel.overlap_comm,
+            "contiguous_gradients": True,  # without it, wrong gradients under ZeRO-1 with EP
+            "reduce_bucket_size": parallel.reduce_bucket_size,
+            "allgather_bucket_size": parallel.reduce_bucket_size,
+        },
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+    if config.precision.dtype is Dtype.bf16:
+        values["bf16"] = {"enabled": True}
+    return values

@@ -1,0 +1,209 @@
+"""What combines with what: one table of rules, by which the start refuses and docs are written.
+
+A rule names the settings that don't go together and says why; the nearest choice that works is
+searched, so a message never proposes what another rule refuses.
+
+A new rule is an entry in RULES; a setting that the search may change, an entry in CHOICES; a
+feature's row and column in the documented table, an entry in FEATURES of `launch/layout_page.py`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from itertools import combinations, product
+from typing import Any
+
+from model.config import ModelConfig
+from train.optimizer import OptimizerConfig
+from train.parallel import ParallelConfig
+from train.precision import PrecisionConfig
+from train.schedule import ScheduleConfig
+
+RANKS = "ranks"  # launch.processes, or the hosts' together
+BATCH_SIZES = (
+    "schedule.batch_size",
+    "schedule.batch_ramp.start",
+    "schedule.batch_ramp.increment",
+)
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Layout:
+    """Everything that rules look at. Settings are named as on the command line."""
+
+    parallel: ParallelConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    precision: PrecisionConfig
+    schedule: ScheduleConfig
+    ranks: int
+
+    def value(self, setting: str) -> Any:
+        """The value of a setting, such as `parallel.zero_stage`; None below a section of null."""
+        found: Any = self
+        for name in setting.split("."):
+            found = getattr(found, name, None)
+        return found
+
+    def changed(self, values: Mapping[str, Any]) -> "Layout":
+        """The same layout with some settings changed."""
+        layout = self
+        for setting, value in values.items():
+            layout = _replace_at(layout, setting.split("."), value)
+        return layout
+
+    @property
+    def num_experts(self) -> int:
+        return self.model.moe.num_experts if self.model.moe is not None else 0
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Rule:
+    """Settings that don't go together. The first of them is the one to change, if that helps."""
+
+    settings: tuple[str, ...]
+    is_broken: Callable[[Layout], bool]
+    #: Ends the sentence "a=1 and b=2 don't go together: ...", and stands in the docs.
+    why: str
+    #: Says the problem in words of its own, where those are better than the usual sentence.
+    problem: Callable[[Layout], str] | None = None
+    #: Says the way out in words of its own, where no choice of one setting is the obvious one.
+    way_out: Callable[[Layout], str] | None = None
+
+
+#: Settings that may be changed to find a way out, and what they may be. Nearest first.
+CHOICES: dict[str, Callable[[Layout], Iterable[Any]]] = {
+    "parallel.zero_stage": lambda layout: _nearest((1, 2), layout.parallel.zero_stage),
+    "parallel.expert": lambda layout: _nearest(divisors(layout.ranks), layout.parallel.expert),
+}
+
+
+def _whole_micro_batches(size: str) -> Rule:
+    return Rule(
+        settings=(size, "parallel.micro_batch_size", RANKS),
+        is_broken=lambda layout: (
+            _is_used(layout, size) and layout.value(size) % per_pass(layout) != 0
+        ),
+        why="a global batch is whole micro-batches on every rank",
+        problem=lambda layout: (
+            f"{size}={layout.value(size)} is not divisible by parallel.micro_batch_size="
+            f"{layout.parallel.micro_batch_size} times {layout.ranks} ranks"
+        ),
+        way_out=lambda layout: f"a multiple of {per_pass(layout)} or a smaller micro-batch",
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        settings=("parallel.expert", RANKS),
+        is_broken=lambda layout: layout.ranks % layout.parallel.expert != 0,
+        why="the experts are spread over groups of equally many ranks",
+        problem=lambda layout: (
+            f"parallel.expert={layout.parallel.expert} does not divide the {layout.ranks} ranks"
+        ),
+        way_out=lambda layout: f"one of {divisors(layout.ranks)} or another number of ranks",
+    ),
+    Rule(
+        settings=("parallel.expert", "model.moe"),
+        is_broken=lambda layout: layout.parallel.expert > 1 and layout.model.moe is None,
+        why="a dense model has no experts to spread",
+        problem=lambda layout: (
+            f"parallel.expert={layout.parallel.expert}, but model.moe=null has no experts"
+        ),
+    ),
+    Rule(
+        settings=("parallel.expert", "model.moe.num_experts"),
+        is_broken=lambda layout: layout.num_experts % layout.parallel.expert != 0,
+        why="every rank of a group holds equally many experts",
+        problem=lambda layout: (
+            f"model.moe.num_experts={layout.num_experts} is not divisible by "
+            f"parallel.expert={layout.parallel.expert}"
+        ),
+        way_out=lambda layout: (
+            "parallel.expert from "
+            f"{[d for d in divisors(layout.ranks) if layout.num_experts % d == 0]}"
+        ),
+    ),
+    *(_whole_micro_batches(size) for size in BATCH_SIZES),
+)
+
+
+def check_layout(layout: Layout) -> None:
+    """Refuse, with a ValueError naming the settings and the nearest choice that works."""
+    for rule in RULES:
+        if rule.is_broken(layout):
+            raise ValueError(f"{describe_problem(layout, rule)}; {describe_way_out(layout, rule)}")
+
+
+def broken_rules(layout: Layout) -> list[Rule]:
+    """Every rule that the layout breaks."""
+    return [rule for rule in RULES if rule.is_broken(layout)]
+
+
+def find_way_out(layout: Layout, rule: Rule) -> dict[str, Any] | None:
+    """The settings to change, with their new values: as few as possible, each as near as possible.
+
+    What comes back breaks no rule. None where no change of the rule's settings, and of the ZeRO
+    stage with them, leads to that.
+    """
+    settings = list(dict.fromkeys((*rule.settings, "parallel.zero_stage")))
+    changeable = [setting for setting in settings if setting in CHOICES]
+    for count in range(1, len(changeable) + 1):
+        for chosen in combinations(changeable, count):
+            for values in product(*(CHOICES[setting](layout) for setting in chosen)):
+                change = dict(zip(chosen, values, strict=True))
+                if not broken_rules(layout.changed(change)):
+                    return change
+    return None
+
+
+def describe_problem(layout: Layout, rule: Rule) -> str:
+    if rule.problem is not None:
+        return rule.problem(layout)
+    named = " and ".join(describe_value(name, layout.value(name)) for name in rule.settings)
+    return f"{named} don't go together: {rule.why}"
+
+
+def describe_way_out(layout: Layout, rule: Rule) -> str:
+    if rule.way_out is not None:
+        return f"choose {rule.way_out(layout)}"
+    change = find_way_out(layout, rule)
+    if change is None:
+        return f"change {' or '.join(rule.settings)}"
+    return f"choose {' and '.join(describe_value(name, value) for name, value in change.items())}"
+
+
+def describe_value(setting: str, value: Any) -> str:
+    """As it stands on a command line."""
+    if setting == RANKS:
+        return f"{value} ranks"
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, bool) or value is None:
+        value = {True: "true", False: "false", None: "null"}[value]
+    return f"{setting}={value}"
+
+
+def per_pass(layout: Layout) -> int:
+    """Sequences that all ranks take in one forward pass."""
+    return layout.parallel.micro_batch_size * layout.ranks
+
+
+def divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _is_used(layout: Layout, size: str) -> bool:
+    """Whether the schedule has that batch size; a ramp without a start is none."""
+    return size == "schedule.batch_size" or layout.schedule.batch_ramp.start is not None
+
+
+def _nearest(choices: Iterable[int], value: int) -> Iterator[int]:
+    yield from sorted((c for c in choices if c != value), key=lambda choice: abs(choice - value))
+
+
+def _replace_at(node: Any, path: list[str], value: Any) -> Any:
+    name, *rest = path
+    if rest:
+        value = _replace_at(getattr(node, name), rest, value)
+    return replace(node, **{name: value})
