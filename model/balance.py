@@ -1,7 +1,9 @@
 """Load balance: what an expert gets, what imbalance costs, and the bias that corrects it.
 
-B batch, S sequence, E experts, K choices per token.
+B batch, S sequence, E experts, K choices per token, G groups of experts.
 """
+
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -27,13 +29,53 @@ def sequence_balance_loss(
     sequence gives 1, one without counted tokens 0.
     """
     num_experts, top_k = scores.shape[-1], expert_ids.shape[-1]
-    length = counted.sum(dim=1, keepdim=True).clamp(min=1)  # [B, 1]
+    chosen, affinity, length = _sums_of_sequences(scores, expert_ids, counted)
+    frequency = chosen * (num_experts / top_k) / length
+    return (frequency * (affinity / length)).sum()
+
+
+def group_balance_losses(
+    scores: Float[Tensor, "B S E"],
+    expert_ids: Int64[Tensor, "B S K"],
+    counted: Bool[Tensor, "B S"],
+    *,
+    num_groups: int,
+    top_groups: int,
+) -> Float[Tensor, "2"]:
+    """V2's device-level and communication losses, summed over sequences, without their alphas.
+
+    A device is one of G groups of experts, of which a token visits at most `top_groups`
+    (arXiv:2405.04434, equations 26 to 31). Device-level: sum_g f_g P_g, where f_g is the mean of
+    its experts' f_i, P_g the sum of their P_i, both as in `sequence_balance_loss`. Communication:
+    f_g is the share of the sequence's tokens that visit the group, times G / top_groups.
+    """
+    num_experts, top_k = scores.shape[-1], expert_ids.shape[-1]
+    group_ids = expert_ids // (num_experts // num_groups)
+    chosen, affinity, length = _sums_of_sequences(scores, expert_ids, counted)
+    frequency = chosen * (num_experts / top_k) / length
+    is_visited = scores.new_zeros(*counted.shape, num_groups).scatter_(-1, group_ids, 1.0)
+    visits = (is_visited * counted[..., None]).sum(dim=1)  # [B, G]
+    visit_frequency = visits * (num_groups / top_groups) / length
+    of_groups = (affinity / length).unflatten(-1, (num_groups, -1)).sum(dim=-1)  # [B, G]
+    device = (frequency.unflatten(-1, (num_groups, -1)).mean(dim=-1) * of_groups).sum()
+    return torch.stack((device, (visit_frequency * of_groups).sum()))
+
+
+class _SequenceSums(NamedTuple):
+    chosen: Float[Tensor, "B E"]  # choices that fell on each expert
+    affinity: Float[Tensor, "B E"]  # of normalised scores
+    length: Int64[Tensor, "B 1"]  # counted tokens; 1 where there are none
+
+
+def _sums_of_sequences(scores: Tensor, expert_ids: Tensor, counted: Tensor) -> _SequenceSums:
     is_counted = counted[..., None].to(scores.dtype)
     chosen = torch.zeros_like(scores).scatter_(-1, expert_ids, 1.0)
-    frequency = (chosen * is_counted).sum(dim=1) * (num_experts / top_k) / length
     affinity = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
-    mean_affinity = (affinity * is_counted).sum(dim=1) / length
-    return (frequency * mean_affinity).sum()
+    return _SequenceSums(
+        chosen=(chosen * is_counted).sum(dim=1),
+        affinity=(affinity * is_counted).sum(dim=1),
+        length=counted.sum(dim=1, keepdim=True).clamp(min=1),
+    )
 
 
 def step_bias(

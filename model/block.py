@@ -23,6 +23,7 @@ class BlockOutput(NamedTuple):
     hidden: Float[Tensor, "B S D"]
     load: Int64[Tensor, " E"] | None  # None in a dense block
     balance_loss: Float[Tensor, ""] | None
+    group_balance_losses: Float[Tensor, "2"] | None
 
 
 class Block(nn.Module):
@@ -54,8 +55,8 @@ class Block(nn.Module):
         inner = self.ffn_norm(x)
         if isinstance(self.ffn, MoE):
             out = self.ffn(inner, counted)
-            return BlockOutput(x + out.hidden, out.load, out.balance_loss)
-        return BlockOutput(x + self.ffn(inner), None, None)
+            return BlockOutput(x + out.hidden, out.load, out.balance_loss, out.group_balance_losses)
+        return BlockOutput(x + self.ffn(inner), None, None, None)
 
     def decode(
         self,

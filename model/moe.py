@@ -10,7 +10,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from model.balance import count_load, sequence_balance_loss
+from model.balance import count_load, group_balance_losses, sequence_balance_loss
 from model.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
 from model.experts import Experts
 from model.ffn import SwiGLU
@@ -29,13 +29,23 @@ class MoEConfig:
     num_shared_experts: int = 1
     #: Weight of the sequence-wise balance loss.
     balance_loss_weight: float = 0.0001
+    #: Weight of V2's device-level balance loss; its devices are `router.num_groups`' groups.
+    device_balance_loss_weight: float = 0.0
+    #: Weight of V2's communication balance loss, over the same groups.
+    communication_balance_loss_weight: float = 0.0
     router: RouterConfig
+
+    @property
+    def has_group_balance_losses(self) -> bool:
+        """Whether one of V2's losses over groups of experts has a weight."""
+        return self.device_balance_loss_weight > 0 or self.communication_balance_loss_weight > 0
 
 
 class MoEOutput(NamedTuple):
     hidden: Float[Tensor, "B S D"]
     load: Int64[Tensor, " E"]  # this rank's choices per expert
     balance_loss: Float[Tensor, ""]  # sum over this rank's sequences
+    group_balance_losses: Float[Tensor, "2"]  # likewise: device-level, communication; 0 if unused
 
 
 class MoE(nn.Module):
@@ -49,6 +59,7 @@ class MoE(nn.Module):
         self, config: MoEConfig, *, dim: int, expert_group: dist.ProcessGroup | None = None
     ) -> None:
         super().__init__()
+        self.config = config
         self.num_experts = config.num_experts
         rank, num_ranks = 0, 1
         self.dispatcher: Dispatcher = LocalDispatcher(num_experts=config.num_experts)
@@ -79,7 +90,17 @@ class MoE(nn.Module):
         expert_ids = routing.expert_ids.unflatten(0, x.shape[:2])
         scores = routing.scores.unflatten(0, x.shape[:2])
         load = count_load(expert_ids, counted, num_experts=self.num_experts)
-        return MoEOutput(hidden, load, sequence_balance_loss(scores, expert_ids, counted))
+        balance_loss = sequence_balance_loss(scores, expert_ids, counted)
+        group_losses = scores.new_zeros(2)
+        if self.config.has_group_balance_losses:
+            group_losses = group_balance_losses(
+                scores,
+                expert_ids,
+                counted,
+                num_groups=self.config.router.num_groups,
+                top_groups=self.config.router.top_groups,
+            )
+        return MoEOutput(hidden, load, balance_loss, group_losses)
 
 
 def check_moe(config: MoEConfig) -> None:
@@ -87,7 +108,14 @@ def check_moe(config: MoEConfig) -> None:
     for name in ("num_experts", "expert_dim"):
         if getattr(config, name) < 1:
             raise ValueError(f"model.moe.{name}={getattr(config, name)} must be at least 1")
-    for name in ("num_shared_experts", "balance_loss_weight"):
+    group_losses = ("device_balance_loss_weight", "communication_balance_loss_weight")
+    for name in ("num_shared_experts", "balance_loss_weight", *group_losses):
         if getattr(config, name) < 0:
             raise ValueError(f"model.moe.{name}={getattr(config, name)} must not be negative")
+    for name in group_losses:
+        if getattr(config, name) > 0 and config.router.num_groups == 1:
+            raise ValueError(
+                f"model.moe.{name}={getattr(config, name)} has nothing to balance in "
+                "model.moe.router.num_groups=1; choose 2 groups or more, or weight 0"
+            )
     check_router(config.router, num_experts=config.num_experts, top_k=config.top_k)

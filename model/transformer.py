@@ -28,6 +28,7 @@ class Sums(NamedTuple):
     loss: Float[Tensor, ""]  # nats over the next-token targets
     mtp_loss: Float[Tensor, " M"]  # nats over the targets of each MTP depth
     balance_loss: Float[Tensor, ""]  # over sequences and MoE layers
+    group_balance_losses: Float[Tensor, "2"]  # likewise: device-level, communication; 0 if unused
     load: Int64[Tensor, "L E"]  # choices per MoE layer, MTP's layers last
 
 
@@ -75,7 +76,7 @@ class Transformer(nn.Module):
         turn = self._rotation(positions)
         embedded = self.embed(tokens)
         hidden = embedded
-        loads, balance_losses = [], []
+        loads, balance_losses, group_losses = [], [], []
 
         def run(block: nn.Module, *inputs: Tensor, counted: Tensor) -> Tensor:
             arguments = (*inputs, turn, counted)
@@ -86,6 +87,7 @@ class Transformer(nn.Module):
             if out.load is not None:
                 loads.append(out.load)
                 balance_losses.append(out.balance_loss)
+                group_losses.append(out.group_balance_losses)
             return out.hidden
 
         for layer in self.layers:
@@ -106,6 +108,7 @@ class Transformer(nn.Module):
             loss=loss,
             mtp_loss=torch.stack(mtp_losses) if mtp_losses else loss.new_zeros(0),
             balance_loss=sum(balance_losses, loss.new_zeros(())),
+            group_balance_losses=sum(group_losses, loss.new_zeros(2)),
             load=torch.stack(loads) if loads else tokens.new_zeros(0, 0),
         )
 

@@ -70,6 +70,8 @@ FORMATS = {  # what is shown of a record, in this order
     "loss": "loss {:.4f}",
     "mtp_loss_1": "mtp {:.4f}",
     "balance_loss": "balance {:.3f}",
+    "device_balance_loss": "devices {:.3f}",
+    "communication_balance_loss": "communication {:.3f}",
     "perplexity": "perplexity {:.2f}",
     "bits_per_byte": "{:.3f} bits/byte",
     "unigram_entropy": "(unigram entropy {:.4f})",

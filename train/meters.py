@@ -10,7 +10,7 @@ from train.hardware import peak_flops, peak_memory
 from train.journal import Record
 from train.progress import Progress
 from train.ranks import Ranks
-from train.update import StepReport
+from train.update import BALANCE_LOSSES, StepReport
 
 
 class Meters:
@@ -30,7 +30,11 @@ class Meters:
 
     def read(self, report: StepReport, progress: Progress, *, lr: float) -> Record:
         """The record of a step. Waits for the device; every rank must call it."""
-        loss, balance_loss, *mtp_losses = report.losses.tolist()
+        loss, *others = report.losses.tolist()
+        balance_losses = dict(zip(BALANCE_LOSSES, others, strict=False))
+        mtp_losses = others[len(BALANCE_LOSSES) :]
+        if self._model.moe is None or not self._model.moe.has_group_balance_losses:
+            balance_losses = {"balance_loss": balance_losses["balance_loss"]}
         load = report.load.cpu()
         memory = max(self._ranks.gather(peak_memory(self._ranks.device)))
         seconds = time.perf_counter() - self._since
@@ -41,7 +45,7 @@ class Meters:
             "step": progress.step,
             "loss": loss,
             **{f"mtp_loss_{k}": value for k, value in enumerate(mtp_losses, start=1)},
-            "balance_loss": balance_loss,
+            **balance_losses,
             "grad_norm": report.grad_norm,
             "lr": lr,
             "tokens_per_second": tokens_per_second,

@@ -23,10 +23,13 @@ class Denominators(NamedTuple):
     sequences: int
 
 
+BALANCE_LOSSES = ("balance_loss", "device_balance_loss", "communication_balance_loss")
+
+
 class StepReport(NamedTuple):
     """A step's numbers over all ranks. Tensors stay on the device: reading them waits for it."""
 
-    losses: Float64[Tensor, " 2+M"]  # main and balance loss, then each MTP depth's: means
+    losses: Float64[Tensor, " 4+M"]  # means: the main loss, `BALANCE_LOSSES`, each MTP depth's
     load: Int64[Tensor, "L E"]  # choices per MoE layer and expert
     grad_norm: float
     is_applied: bool
@@ -44,14 +47,19 @@ def count_denominators(batches: list[Batch], config: ModelConfig, ranks: Ranks) 
 def objective(sums: Sums, over: Denominators, config: ModelConfig) -> Tensor:
     """This micro-batch's share of the loss: the shares of a step add up to it.
 
-    L = L_main + w * mean over depths of L_MTP + alpha * L_balance (arXiv:2412.19437, 2.1.2, 2.2):
-    each a mean over the global batch, so that neither ranks nor accumulation enter.
+    L = L_main + w * mean over depths of L_MTP + alpha * L_balance (arXiv:2412.19437, 2.1.2, 2.2)
+    and, where they have weights, V2's two further balance losses (arXiv:2405.04434, 2.2.3): each
+    a mean over the global batch, so that neither ranks nor accumulation enter.
     """
     loss = sums.loss / max(over.targets, 1)
     for nats, targets in zip(sums.mtp_loss, over.mtp_targets, strict=True):
         loss = loss + config.mtp.loss_weight / config.mtp.depth * nats / max(targets, 1)
     if config.moe is not None:
         loss = loss + config.moe.balance_loss_weight * sums.balance_loss / over.sequences
+        if config.moe.has_group_balance_losses:
+            device, communication = sums.group_balance_losses / over.sequences
+            loss = loss + config.moe.device_balance_loss_weight * device
+            loss = loss + config.moe.communication_balance_loss_weight * communication
     return loss
 
 
@@ -63,12 +71,14 @@ def update(
     The routers' biases move after an applied step, by exact counts over the global batch.
     """
     engine.model.train()
-    totals = torch.zeros(2 + config.mtp.depth, dtype=torch.float64, device=engine.ranks.device)
+    num_losses = 1 + len(BALANCE_LOSSES) + config.mtp.depth
+    totals = torch.zeros(num_losses, dtype=torch.float64, device=engine.ranks.device)
     load: Tensor | None = None
     for i, batch in enumerate(batches):
         sums = engine.forward(batch)
         engine.backward(objective(sums, over, config), is_last=i == len(batches) - 1)
-        parts = torch.cat((sums.loss[None], sums.balance_loss[None], sums.mtp_loss))
+        balance_losses = (sums.balance_loss[None], sums.group_balance_losses)
+        parts = torch.cat((sums.loss[None], *balance_losses, sums.mtp_loss))
         totals += parts.detach().double()
         load = sums.load if load is None else load + sums.load
     assert load is not None, "a global batch has at least one micro-batch per rank"
@@ -77,7 +87,8 @@ def update(
     result = engine.step(lr)
     if result.is_applied and config.moe is not None:
         move_biases(engine, load, speed=config.moe.router.bias_update_speed)
-    denominators = [over.targets, over.sequences, *over.mtp_targets]
+    sequences = [over.sequences] * len(BALANCE_LOSSES)
+    denominators = [over.targets, *sequences, *over.mtp_targets]
     means = totals / totals.new_tensor([max(value, 1) for value in denominators])
     return StepReport(means, load, result.grad_norm, result.is_applied)
 

@@ -22,6 +22,16 @@ def test_the_small_model_is_allowed() -> None:
         ("rope.factor", 2.0, r"model\.rope\.factor=2\.0 has no effect"),
         ("moe.top_k", 9, r"model\.moe\.top_k=9 exceeds model\.moe\.num_experts=8"),
         ("moe.router.num_groups", 3, r"num_groups=3 does not divide model\.moe\.num_experts=8"),
+        (
+            "moe.device_balance_loss_weight",
+            0.05,
+            r"device_balance_loss_weight=0\.05 has nothing to balance in .*num_groups=1",
+        ),
+        (
+            "moe.communication_balance_loss_weight",
+            -1.0,
+            r"communication_balance_loss_weight=-1\.0 must not be negative",
+        ),
     ],
 )
 def test_what_cannot_be_built_is_refused_by_name(path: str, value: float, message: str) -> None:

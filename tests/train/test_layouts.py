@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.moe import MoEConfig
+from model.router import RouterConfig
 from tests.ranks import run_ranks
-from tests.train.tiny import random_batches, tiny_run
+from tests.train.tiny import random_batches, tiny_model, tiny_run
 from train.config import RunConfig, check_run
 from train.engine import Engine, join
 from train.parallel import ParallelConfig, Recompute
@@ -20,7 +22,7 @@ STEPS = 3
 
 
 class Trained(NamedTuple):
-    losses: Tensor  # [STEPS, 3]
+    losses: Tensor  # [STEPS, 5]
     norms: Tensor  # [STEPS]
     loads: Tensor  # [STEPS, L, E]
     state: dict[str, Tensor]  # logical tensors, flattened
@@ -62,9 +64,10 @@ def gather_state(engine: Engine, ranks: Ranks) -> dict[str, Tensor]:
 
 
 def run(folder: Path, num_ranks: int, *, accumulation: int = 1, **layout: Any) -> Trained:
-    dtype = layout.pop("dtype", Dtype.fp32)
+    dtype, model = layout.pop("dtype", Dtype.fp32), layout.pop("model", tiny_model())
     parallel = ParallelConfig(micro_batch_size=8 // num_ranks // accumulation, **layout)
-    config = tiny_run(folder, parallel=parallel, precision=PrecisionConfig(dtype=dtype))
+    precision = PrecisionConfig(dtype=dtype)
+    config = tiny_run(folder, model=model, parallel=parallel, precision=precision)
     check_run(config, num_ranks=num_ranks)
     return run_ranks(num_ranks, lambda: train_steps(config))[0]
 
@@ -109,6 +112,34 @@ def test_every_layout_equals_one_rank(
         else:
             error = (got.state[name] - expected).abs().max() / expected.abs().max()
             assert error <= 1e-5, f"{name} differs by {error:.1e}"
+
+
+def test_v2s_group_losses_are_the_same_in_every_layout_and_change_the_run(
+    tmp_path: Path, reference: Trained
+) -> None:
+    moe = MoEConfig(
+        num_experts=8,
+        top_k=2,
+        expert_dim=16,
+        balance_loss_weight=0.01,
+        device_balance_loss_weight=0.05,
+        communication_balance_loss_weight=0.02,
+        router=RouterConfig(num_groups=4, top_groups=2, bias_update_speed=0.01),
+    )
+    model = tiny_model(moe=moe)
+    alone = run(tmp_path / "alone", 1, model=model)
+    spread = run(tmp_path / "spread", 2, model=model, expert=2, accumulation=2)
+    torch.testing.assert_close(spread.losses, alone.losses, rtol=1e-5, atol=0)
+    for name, expected in alone.state.items():
+        error = (spread.state[name] - expected).abs().max() / expected.abs().max()
+        assert error <= 1e-5, f"{name} differs by {error:.1e}"
+    assert (alone.losses[:, 2:4] > 0.5).all()
+    assert (reference.losses[:, 2:4] == 0).all()
+
+    moe.device_balance_loss_weight = moe.communication_balance_loss_weight = 0.0
+    without = run(tmp_path / "without", 1, model=model)
+    router = "weight/layers.1.ffn.router.weight"
+    assert not torch.equal(without.state[router], alone.state[router])
 
 
 def test_load_counts_every_real_choice_of_every_layer_once(reference: Trained) -> None:
