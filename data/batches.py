@@ -10,7 +10,7 @@ B = micro_batch_size, S = seq_len.
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -18,6 +18,12 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from data.samples import IGNORED, Sample, Samples
+
+
+class SampleSource(Protocol):
+    """Sample k of a run for any k: a corpus, or random ones (`thrifty verify`)."""
+
+    def __getitem__(self, index: int) -> Sample: ...
 
 
 class Batch(NamedTuple):
@@ -55,7 +61,7 @@ def collate(samples: list[Sample]) -> Batch:
 class Batches:
     """Reads this rank's share of global batches, the following one ahead in a thread."""
 
-    def __init__(self, samples: Samples, *, rank: int, world: int, micro_batch_size: int) -> None:
+    def __init__(self, samples: SampleSource, *, rank: int, world: int, micro_batch_size: int) -> None:
         assert 0 <= rank < world
         self._samples = samples
         self._rank = rank

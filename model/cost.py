@@ -64,6 +64,11 @@ def flops_per_token(config: ModelConfig, *, seq_len: int) -> float:
     return sum(flops_by_component(config, seq_len=seq_len).values())
 
 
+def component_of(name: str) -> str:
+    """The component that the parameter of this name belongs to."""
+    return next(component for component, rule in COMPONENTS if re.search(rule, name))
+
+
 def parameters_by_component(config: ModelConfig) -> dict[str, Share]:
     """Every component's parameters, 0 where the model has none."""
     shares = {component: Share(0, 0) for component, _ in COMPONENTS}
@@ -97,7 +102,7 @@ def _named_parameters(config: ModelConfig) -> Iterator[tuple[str, nn.Parameter, 
     with torch.device("meta"):
         model = Transformer(config)
     for name, parameter in model.named_parameters():
-        component = next(component for component, rule in COMPONENTS if re.search(rule, name))
+        component = component_of(name)
         active = parameter.numel()
         if parameter.ndim == 3:  # a stack of routed experts
             assert config.moe is not None, "a dense model has no stacks"

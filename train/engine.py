@@ -125,6 +125,23 @@ class Engine:
         self._engine.step()
         return StepResult(not self._zero.overflow, float(self._engine.get_global_grad_norm()))
 
+    def gradients(self) -> Iterator[Fragment]:
+        """Between a step's last `backward` and its `step`: the gradients that this rank owns.
+
+        Reduced over ranks, not clipped, as they would add up in one process; under the names of
+        the parameters. Every element is owned by exactly one rank.
+        """
+        for name, parameter in self.model.named_parameters():
+            mapping = _partition(parameter)
+            if mapping is None:
+                continue
+            shape, start = self._logical_place(name, parameter)
+            first, count = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+            own = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+            if own.numel() == parameter.numel():  # ZeRO keeps all of it, though it owns a part
+                own = own.narrow(0, first, count)
+            yield Fragment(f"gradient/{name}", shape, start + first, own)
+
     def fragments(self) -> Iterator[Fragment]:
         """All state that this rank owns, as live storage under logical names.
 

@@ -1,0 +1,93 @@
+"""What is observed of a step, as logical tensors: whoever took it, on however many ranks.
+
+Every observation is a `Fragment` named STEP/QUANTITY/NAME.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.router import Router
+from model.transformer import Transformer
+from train.manifest import Fragment
+from train.verify.forward_states import ForwardStates
+
+FORWARD, LOAD, LOSS, GRADIENT, NORM = "forward", "load", "loss", "gradient", "norm"
+WEIGHT, BUFFER = "weight", "buffer"
+TERM = "term"  # one loss's share of a gradient: not compared, but explains what differs
+
+
+class Key(NamedTuple):
+    step: int  # from 1 on
+    quantity: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.step}/{self.quantity}/{self.name}"
+
+
+def read_key(name: str) -> Key:
+    step, quantity, rest = name.split("/", 2)
+    return Key(int(step), quantity, rest)
+
+
+def keep(key: Key, tensor: Tensor) -> Fragment:
+    """A copy of a whole tensor, on the host."""
+    data = tensor.detach().flatten().to("cpu", copy=True)
+    return Fragment(str(key), tuple(tensor.shape), 0, data)
+
+
+def keep_fragment(step: int, fragment: Fragment) -> Fragment:
+    """A copy of an engine's fragment, whose name begins with its quantity, on the host."""
+    data = fragment.data.detach().to("cpu", copy=True)
+    return fragment._replace(name=f"{step}/{fragment.name}", data=data)
+
+
+def keep_load(step: int, load: Tensor, config: ModelConfig) -> Iterator[Fragment]:
+    """The counts [L, E] under the routers' names."""
+    for name, of_layer in zip(router_names(config), load, strict=True):
+        yield keep(Key(step, LOAD, name), of_layer)
+
+
+def keep_losses(step: int, losses: Tensor) -> Iterator[Fragment]:
+    """Main, balance and MTP losses, as `StepReport.losses` lists them."""
+    for i, loss in enumerate(losses):
+        name = ("main", "balance")[i] if i < 2 else f"MTP depth {i - 1}"
+        yield keep(Key(step, LOSS, name), loss[None])
+
+
+def keep_states(
+    step: int, states: ForwardStates, samples: list[range], *, shape: tuple[int, int]
+) -> Iterator[Fragment]:
+    """Forward states of whole sequences: `samples` are each micro-batch's rows of `shape`.
+
+    `shape` is [samples of the global batch, S].
+    """
+    for name, of_batches in states.by_module.items():
+        for rows, state in zip(samples, of_batches, strict=True):
+            key = Key(step, FORWARD, name)
+            yield Fragment(str(key), shape, rows.start * shape[1], state)
+
+
+def router_names(config: ModelConfig) -> list[str]:
+    """Names of the routers in the order of `Sums.load`."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    return [name for name, module in model.named_modules() if isinstance(module, Router)]
+
+
+def write_observations(path: Path, fragments: Iterable[Fragment]) -> None:
+    torch.save([tuple(fragment) for fragment in fragments], path)
+
+
+def read_observations(paths: Iterable[Path]) -> list[Fragment]:
+    """All ranks' observations; their tensors stay in the files until they are read."""
+    return [
+        Fragment(*values)
+        for path in paths
+        for values in torch.load(path, mmap=True, weights_only=True)
+    ]

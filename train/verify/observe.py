@@ -1,0 +1,63 @@
+"""The steps as a run takes them: engine, update and all, in the layout that the config asks for."""
+
+from collections.abc import Iterator
+
+from data.batches import Batches
+from train.config import RunConfig
+from train.engine import Engine, StepResult
+from train.manifest import Fragment
+from train.ranks import Ranks
+from train.schedule import batch_size, model_at
+from train.update import StepReport, count_denominators, update
+from train.verify.forward_states import watch_forward
+from train.verify.observation import (
+    NORM,
+    Key,
+    keep,
+    keep_fragment,
+    keep_load,
+    keep_losses,
+    keep_states,
+)
+from train.verify.random_samples import RandomSamples, random_biases
+
+
+class WatchedEngine(Engine):
+    """An engine that keeps the gradients which a step is about to use."""
+
+    used: list[Fragment]
+
+    def step(self, lr: float) -> StepResult:
+        self.used = [fragment._replace(data=fragment.data.clone()) for fragment in self.gradients()]
+        return super().step(lr)
+
+
+def observe(config: RunConfig, ranks: Ranks, *, steps: int, lr: float) -> Iterator[Fragment]:
+    """This rank's share of everything that is compared, of `steps` steps on random samples."""
+    engine = WatchedEngine(config, ranks)
+    random_biases(list(engine.buffers()), config.model)
+    size, seq_len, first = config.parallel.micro_batch_size, config.data.seq_len, 0
+    with Batches(
+        RandomSamples(config), rank=ranks.rank, world=ranks.count, micro_batch_size=size
+    ) as batches:
+        for step in range(steps):
+            count = batch_size(config.schedule, step)
+            micro_batches = batches.take(first, count)
+            first += count
+            model = model_at(config.model, config.schedule, step)
+            over = count_denominators(micro_batches, model, ranks)
+            with watch_forward(engine.model) as states:
+                report = update(engine, micro_batches, over, config=model, lr=lr)
+            starts = range(ranks.rank * size, count, ranks.count * size)
+            rows = [range(start, start + size) for start in starts]
+            yield from keep_states(step + 1, states, rows, shape=(count, seq_len))
+            if ranks.is_first:
+                yield from _keep_report(step + 1, report, config)
+            yield from (keep_fragment(step + 1, fragment) for fragment in engine.used)
+            yield from (keep_fragment(step + 1, fragment) for fragment in engine.fragments())
+
+
+def _keep_report(step: int, report: StepReport, config: RunConfig) -> Iterator[Fragment]:
+    yield from keep_load(step, report.load, config.model)
+    yield from keep_losses(step, report.losses)
+    yield keep(Key(step, NORM, "all parameters"), report.losses.new_tensor([report.grad_norm]))

@@ -1,0 +1,151 @@
+"""The reference: the steps in plain PyTorch, in one process, nothing recomputed or accumulated.
+
+Written from the papers' formulas beside the code it judges: of the training code only the model,
+the initial weights and the optimizer's update are shared. No DeepSpeed, no engine, no
+denominators, no dispatch between ranks.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from data.batches import Batch, collate
+from data.samples import IGNORED
+from model.config import ModelConfig
+from model.init import initialise
+from model.mtp import shift_targets
+from model.router import Router
+from model.transformer import Sums, Transformer
+from train.config import RunConfig
+from train.manifest import Fragment
+from train.optimizer import build_optimizer, parameter_groups
+from train.schedule import batch_size, model_at
+from train.verify.forward_states import watch_forward
+from train.verify.observation import (
+    BUFFER,
+    GRADIENT,
+    NORM,
+    TERM,
+    WEIGHT,
+    Key,
+    keep,
+    keep_load,
+    keep_losses,
+    keep_states,
+)
+from train.verify.random_samples import RandomSamples, random_biases
+
+
+def observe_plainly(
+    config: RunConfig, *, steps: int, lr: float, device: torch.device
+) -> Iterator[Fragment]:
+    """Everything that is compared, of `steps` steps on random samples."""
+    model = Transformer(config.model)
+    initialise(model, seed=config.seed, std=config.model.init_std)
+    buffers = [(name, buffer) for name, buffer in model.named_buffers()]
+    random_biases([Fragment(f"buffer/{n}", tuple(b.shape), 0, b) for n, b in buffers], config.model)
+    model.to(device)
+    optimizer = build_optimizer(parameter_groups(model, config.optimizer), config.optimizer)
+    samples, first = RandomSamples(config), 0
+    for step in range(steps):
+        size = batch_size(config.schedule, step)
+        batch = collate([samples[i] for i in range(first, first + size)])
+        first += size
+        yield from _observe_step(step + 1, model, optimizer, batch, config, lr=lr)
+
+
+def _observe_step(
+    step: int,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    config: RunConfig,
+    *,
+    lr: float,
+) -> Iterator[Fragment]:
+    settings = model_at(config.model, config.schedule, step - 1)
+    parameters = dict(model.named_parameters())
+    with watch_forward(model) as states:
+        sums = _forward(model, batch)
+    terms, losses = weigh(sums, batch, settings)
+    shape = (batch.tokens.shape[0], batch.tokens.shape[1])
+    yield from keep_states(step, states, [range(shape[0])], shape=shape)
+    yield from keep_load(step, sums.load, config.model)
+    yield from keep_losses(step, losses)
+    yield from _observe_terms(step, terms, parameters)
+
+    optimizer.zero_grad()
+    torch.stack(list(terms.values())).sum().backward()
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None, f"{name} takes part in the loss"
+        yield keep(Key(step, GRADIENT, name), parameter.grad)
+    clip = config.optimizer.clip_norm
+    norm = nn.utils.clip_grad_norm_(parameters.values(), clip if clip > 0 else float("inf"))
+    yield keep(Key(step, NORM, "all parameters"), norm.double()[None])
+
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    _balance(model, sums.load, settings)
+    for name, parameter in parameters.items():
+        yield keep(Key(step, WEIGHT, name), parameter)
+        for moment, value in optimizer.state[parameter].items():
+            if torch.is_tensor(value) and value.ndim:  # not the count of steps
+                yield keep(Key(step, moment, name), value)
+    for name, buffer in model.named_buffers():
+        yield keep(Key(step, BUFFER, name), buffer)
+
+
+def _forward(model: Transformer, batch: Batch) -> Sums:
+    device = next(model.parameters()).device
+    tensors = [tensor.to(device) for tensor in batch[:4]]
+    sums: Sums = model(*tensors, segments=batch.document_lengths)
+    return sums
+
+
+def weigh(sums: Sums, batch: Batch, config: ModelConfig) -> tuple[dict[str, Tensor], Tensor]:
+    """The loss's terms, which add up to it, and the mean losses [2+M]: main, balance, each depth.
+
+    Main: mean over targets. MTP: weight times the mean over depths of means over targets
+    (arXiv:2412.19437, 2.2). Balance: alpha times the mean over sequences (2.1.2).
+    """
+    main = sums.loss / (batch.targets != IGNORED).sum()
+    balance = sums.balance_loss / len(batch.targets)
+    by_depth = [
+        nats / (shift_targets(batch.targets, depth) != IGNORED).sum()
+        for depth, nats in enumerate(sums.mtp_loss, start=1)
+    ]
+    terms = {"main loss": main}
+    if config.moe is not None:
+        terms["balance loss"] = config.moe.balance_loss_weight * balance
+    if by_depth:
+        terms["MTP loss"] = config.mtp.loss_weight * torch.stack(by_depth).mean()
+    return terms, torch.stack([main, balance, *by_depth]).detach().double()
+
+
+def _observe_terms(
+    step: int, terms: dict[str, Tensor], parameters: dict[str, nn.Parameter]
+) -> Iterator[Fragment]:
+    """Each term's own gradient, on the few small parameters that all of them reach."""
+    small = {name: p for name, p in parameters.items() if p.ndim == 1 or ".router." in name}
+    for term, loss in terms.items():
+        if not loss.requires_grad:
+            continue
+        gradients = torch.autograd.grad(
+            loss, list(small.values()), retain_graph=True, allow_unused=True
+        )
+        for (name, parameter), gradient in zip(small.items(), gradients, strict=True):
+            value = torch.zeros_like(parameter) if gradient is None else gradient
+            yield keep(Key(step, TERM, f"{term}/{name}"), value)
+
+
+@torch.no_grad()
+def _balance(model: Transformer, load: Tensor, config: ModelConfig) -> None:
+    """b_i += speed * sign(mean load - load_i) (arXiv:2408.15664), where routers have a bias."""
+    if config.moe is None or not config.moe.router.bias:
+        return
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    for router, of_layer in zip(routers, load.double(), strict=True):
+        step = config.moe.router.bias_update_speed * torch.sign(of_layer.mean() - of_layer)
+        router.bias.add_(step.float())
