@@ -61,7 +61,9 @@ def collate(samples: list[Sample]) -> Batch:
 class Batches:
     """Reads this rank's share of global batches, the following one ahead in a thread."""
 
-    def __init__(self, samples: SampleSource, *, rank: int, world: int, micro_batch_size: int) -> None:
+    def __init__(
+        self, samples: SampleSource, *, rank: int, world: int, micro_batch_size: int
+    ) -> None:
         assert 0 <= rank < world
         self._samples = samples
         self._rank = rank

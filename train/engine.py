@@ -131,7 +131,8 @@ class Engine:
         Reduced over ranks, not clipped, as they would add up in one process; under the names of
         the parameters. Every element is owned by exactly one rank.
         """
-        for name, parameter in self.model.named_parameters():
+        parameters: Iterator[tuple[str, Any]] = self.model.named_parameters()
+        for name, parameter in parameters:
             mapping = _partition(parameter)
             if mapping is None:
                 continue

@@ -33,7 +33,7 @@ class Difference(NamedTuple):
 
     key: Key
     component: str
-    error: float  # of the largest element's value; of counts and biases: absolute
+    error: float  # relative to the largest value; of counts and biases: absolute
     is_match: bool
     problem: str = ""  # why there is nothing to compare
 
@@ -102,7 +102,7 @@ def component_at(key: Key, routed: set[str]) -> str:
     experts' parts is the routed experts' doing.
     """
     if key.quantity in (LOSS, NORM):
-        return f"{key.name} loss" if key.quantity == LOSS else "global norm"
+        return key.name
     if key.quantity == FORWARD:
         within = ".experts." if key.name in routed else "."
         block = key.name.rsplit(".", 1)[-1].isdigit()
@@ -123,7 +123,9 @@ def _compare_one(
 ) -> tuple[float, str]:
     """The difference, and why there is none."""
     if expected is None or got is None:
-        return float("inf"), "only the reference has it" if got is None else "only the layout has it"
+        return float(
+            "inf"
+        ), "only the reference has it" if got is None else "only the layout has it"
     if expected[0].shape != got[0].shape:
         return float("inf"), f"its shape is {got[0].shape} instead of {expected[0].shape}"
     try:

@@ -6,6 +6,7 @@ direction. B sequences of a micro-batch, S tokens each, D the output's width.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,16 +50,16 @@ def watch_forward(model: Transformer) -> Iterator[ForwardStates]:
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, WATCHED) or name == FINAL_NORM:
-
-            def note(module: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
-                states.note(name, output)
-
-            handles.append(module.register_forward_hook(note))
+            handles.append(module.register_forward_hook(partial(_note, states, name)))
     try:
         yield states
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _note(states: ForwardStates, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+    states.note(name, output)
 
 
 def state_of(output: Any) -> Tensor:

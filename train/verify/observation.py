@@ -53,13 +53,6 @@ def keep_load(step: int, load: Tensor, config: ModelConfig) -> Iterator[Fragment
         yield keep(Key(step, LOAD, name), of_layer)
 
 
-def keep_losses(step: int, losses: Tensor) -> Iterator[Fragment]:
-    """Main, balance and MTP losses, as `StepReport.losses` lists them."""
-    for i, loss in enumerate(losses):
-        name = ("main", "balance")[i] if i < 2 else f"MTP depth {i - 1}"
-        yield keep(Key(step, LOSS, name), loss[None])
-
-
 def keep_states(
     step: int, states: ForwardStates, samples: list[range], *, shape: tuple[int, int]
 ) -> Iterator[Fragment]:

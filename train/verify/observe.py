@@ -8,15 +8,15 @@ from train.engine import Engine, StepResult
 from train.manifest import Fragment
 from train.ranks import Ranks
 from train.schedule import batch_size, model_at
-from train.update import StepReport, count_denominators, update
+from train.update import BALANCE_LOSSES, StepReport, count_denominators, update
 from train.verify.forward_states import watch_forward
 from train.verify.observation import (
+    LOSS,
     NORM,
     Key,
     keep,
     keep_fragment,
     keep_load,
-    keep_losses,
     keep_states,
 )
 from train.verify.random_samples import RandomSamples, random_biases
@@ -59,5 +59,8 @@ def observe(config: RunConfig, ranks: Ranks, *, steps: int, lr: float) -> Iterat
 
 def _keep_report(step: int, report: StepReport, config: RunConfig) -> Iterator[Fragment]:
     yield from keep_load(step, report.load, config.model)
-    yield from keep_losses(step, report.losses)
-    yield keep(Key(step, NORM, "all parameters"), report.losses.new_tensor([report.grad_norm]))
+    names = ["main loss", *(name.replace("_", " ") for name in BALANCE_LOSSES)]
+    names += [f"MTP loss, depth {depth + 1}" for depth in range(config.model.mtp.depth)]
+    for name, loss in zip(names, report.losses, strict=True):
+        yield keep(Key(step, LOSS, name), loss[None])
+    yield keep(Key(step, NORM, "global norm"), report.losses.new_tensor([report.grad_norm]))

@@ -25,13 +25,13 @@ from train.verify.forward_states import watch_forward
 from train.verify.observation import (
     BUFFER,
     GRADIENT,
+    LOSS,
     NORM,
     TERM,
     WEIGHT,
     Key,
     keep,
     keep_load,
-    keep_losses,
     keep_states,
 )
 from train.verify.random_samples import RandomSamples, random_biases
@@ -72,7 +72,8 @@ def _observe_step(
     shape = (batch.tokens.shape[0], batch.tokens.shape[1])
     yield from keep_states(step, states, [range(shape[0])], shape=shape)
     yield from keep_load(step, sums.load, config.model)
-    yield from keep_losses(step, losses)
+    for name, loss in losses.items():
+        yield keep(Key(step, LOSS, name), loss.double()[None])
     yield from _observe_terms(step, terms, parameters)
 
     optimizer.zero_grad()
@@ -82,7 +83,7 @@ def _observe_step(
         yield keep(Key(step, GRADIENT, name), parameter.grad)
     clip = config.optimizer.clip_norm
     norm = nn.utils.clip_grad_norm_(parameters.values(), clip if clip > 0 else float("inf"))
-    yield keep(Key(step, NORM, "all parameters"), norm.double()[None])
+    yield keep(Key(step, NORM, "global norm"), norm.double()[None])
 
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -104,24 +105,40 @@ def _forward(model: Transformer, batch: Batch) -> Sums:
     return sums
 
 
-def weigh(sums: Sums, batch: Batch, config: ModelConfig) -> tuple[dict[str, Tensor], Tensor]:
-    """The loss's terms, which add up to it, and the mean losses [2+M]: main, balance, each depth.
+def weigh(
+    sums: Sums, batch: Batch, config: ModelConfig
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The loss's weighted terms, which add up to it, and the mean losses as they are reported.
 
     Main: mean over targets. MTP: weight times the mean over depths of means over targets
-    (arXiv:2412.19437, 2.2). Balance: alpha times the mean over sequences (2.1.2).
+    (arXiv:2412.19437, 2.2). Balance: weights times means over sequences (2.1.2, and
+    arXiv:2405.04434, 2.2.3, for devices and communication).
     """
-    main = sums.loss / (batch.targets != IGNORED).sum()
-    balance = sums.balance_loss / len(batch.targets)
-    by_depth = [
-        nats / (shift_targets(batch.targets, depth) != IGNORED).sum()
+    num_sequences = len(batch.targets)
+    device, communication = sums.group_balance_losses / num_sequences
+    losses = {
+        "main loss": sums.loss / (batch.targets != IGNORED).sum(),
+        "balance loss": sums.balance_loss / num_sequences,
+        "device balance loss": device,
+        "communication balance loss": communication,
+    }
+    by_depth = {
+        f"MTP loss, depth {depth}": nats / (shift_targets(batch.targets, depth) != IGNORED).sum()
         for depth, nats in enumerate(sums.mtp_loss, start=1)
-    ]
-    terms = {"main loss": main}
+    }
+    terms = {"main loss": losses["main loss"]}
     if config.moe is not None:
-        terms["balance loss"] = config.moe.balance_loss_weight * balance
+        for name, weight in (
+            ("balance loss", config.moe.balance_loss_weight),
+            ("device balance loss", config.moe.device_balance_loss_weight),
+            ("communication balance loss", config.moe.communication_balance_loss_weight),
+        ):
+            if weight > 0:
+                terms[name] = weight * losses[name]
     if by_depth:
-        terms["MTP loss"] = config.mtp.loss_weight * torch.stack(by_depth).mean()
-    return terms, torch.stack([main, balance, *by_depth]).detach().double()
+        mean = torch.stack(list(by_depth.values())).mean()
+        terms["MTP loss"] = config.mtp.loss_weight * mean
+    return terms, losses | by_depth
 
 
 def _observe_terms(

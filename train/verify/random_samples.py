@@ -30,7 +30,8 @@ class RandomSamples:
         tokens = random.integers(self._vocab_size, size=seq_len + 1)
         borders: list[int] = []
         if index % 2 == 0:
-            borders = sorted(random.choice(np.arange(1, seq_len), min(2, seq_len - 1), False))
+            places = random.choice(np.arange(1, seq_len), min(2, seq_len - 1), replace=False)
+            borders = sorted(places.tolist())
         sample = pack(
             tokens,
             borders,
