@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.config import StdlibData
 from model.config import MLAModelConfig
 from model.mla import MLAConfig
 from model.moe import MoEConfig
@@ -40,6 +41,7 @@ ZERO_STAGES = (1, 2)
 
 FEATURES = (
     Feature("expert parallel", {"parallel.expert": 2}),
+    Feature("sequence parallel", {"parallel.sequence": 2}),
     Feature("recompute, full", {"parallel.recompute": Recompute.full}),
     Feature("BF16", {"precision.dtype": Dtype.bf16}),
 )
@@ -64,6 +66,7 @@ def probe_layout() -> Layout:
             ),
             moe=MoEConfig(num_experts=16, top_k=2, expert_dim=16, router=RouterConfig()),
         ),
+        data=StdlibData(folder="corpus", seq_len=64),
         optimizer=OptimizerConfig(),
         precision=PrecisionConfig(),
         schedule=ConstantSchedule(steps=1, batch_size=64, peak_lr=1e-3),

@@ -3,6 +3,7 @@
 B batch, S sequence, E experts, K choices per token, G groups of experts.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,17 +20,30 @@ def count_load(
     return load.scatter_add_(0, expert_ids.flatten(), ones.flatten())
 
 
+def all_here(counts: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+    """The `total` of sequences of which every token is here: the counts themselves."""
+    return counts
+
+
 def sequence_balance_loss(
-    scores: Float[Tensor, "B S E"], expert_ids: Int64[Tensor, "B S K"], counted: Bool[Tensor, "B S"]
+    scores: Float[Tensor, "B S E"],
+    expert_ids: Int64[Tensor, "B S K"],
+    counted: Bool[Tensor, "B S"],
+    *,
+    total: Callable[[Tensor], Tensor] = all_here,
 ) -> Float[Tensor, ""]:
     """Sum over sequences of sum_i f_i P_i (arXiv:2412.19437, equations 17-20, without alpha).
 
     f_i is expert i's share of the sequence's choices times E; P_i is the mean of its normalised
     score. Only `counted` tokens enter, in numerators and denominators; a perfectly balanced
     sequence gives 1, one without counted tokens 0.
+
+    Where only a part of each sequence is here, `total` turns counts of its tokens into the
+    sequence's, and the losses of the parts add up to the sequence's: f_i and the length have no
+    gradient, and P_i is a sum over tokens.
     """
     num_experts, top_k = scores.shape[-1], expert_ids.shape[-1]
-    chosen, affinity, length = _sums_of_sequences(scores, expert_ids, counted)
+    chosen, affinity, length = _sums_of_sequences(scores, expert_ids, counted, total)
     frequency = chosen * (num_experts / top_k) / length
     return (frequency * (affinity / length)).sum()
 
@@ -41,6 +55,7 @@ def group_balance_losses(
     *,
     num_groups: int,
     top_groups: int,
+    total: Callable[[Tensor], Tensor] = all_here,
 ) -> Float[Tensor, "2"]:
     """V2's device-level and communication losses, summed over sequences, without their alphas.
 
@@ -51,10 +66,10 @@ def group_balance_losses(
     """
     num_experts, top_k = scores.shape[-1], expert_ids.shape[-1]
     group_ids = expert_ids // (num_experts // num_groups)
-    chosen, affinity, length = _sums_of_sequences(scores, expert_ids, counted)
+    chosen, affinity, length = _sums_of_sequences(scores, expert_ids, counted, total)
     frequency = chosen * (num_experts / top_k) / length
     is_visited = scores.new_zeros(*counted.shape, num_groups).scatter_(-1, group_ids, 1.0)
-    visits = (is_visited * counted[..., None]).sum(dim=1)  # [B, G]
+    visits = total((is_visited * counted[..., None]).sum(dim=1))  # [B, G]
     visit_frequency = visits * (num_groups / top_groups) / length
     of_groups = (affinity / length).unflatten(-1, (num_groups, -1)).sum(dim=-1)  # [B, G]
     device = (frequency.unflatten(-1, (num_groups, -1)).mean(dim=-1) * of_groups).sum()
@@ -64,18 +79,20 @@ def group_balance_losses(
 class _SequenceSums(NamedTuple):
     chosen: Float[Tensor, "B E"]  # choices that fell on each expert
     affinity: Float[Tensor, "B E"]  # of normalised scores
-    length: Int64[Tensor, "B 1"]  # counted tokens; 1 where there are none
+    length: Float[Tensor, "B 1"]  # counted tokens; 1 where there are none
 
 
-def _sums_of_sequences(scores: Tensor, expert_ids: Tensor, counted: Tensor) -> _SequenceSums:
+def _sums_of_sequences(
+    scores: Tensor, expert_ids: Tensor, counted: Tensor, total: Callable[[Tensor], Tensor]
+) -> _SequenceSums:
+    """Chosen and length of whole sequences, affinity of what is here of them."""
     is_counted = counted[..., None].to(scores.dtype)
     chosen = torch.zeros_like(scores).scatter_(-1, expert_ids, 1.0)
     affinity = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
-    return _SequenceSums(
-        chosen=(chosen * is_counted).sum(dim=1),
-        affinity=(affinity * is_counted).sum(dim=1),
-        length=counted.sum(dim=1, keepdim=True).clamp(min=1),
-    )
+    choices = total((chosen * is_counted).sum(dim=1))
+    # Each token makes K choices, so that their sum tells the length: one message says both.
+    length = choices.sum(dim=1, keepdim=True) / expert_ids.shape[-1]
+    return _SequenceSums(choices, (affinity * is_counted).sum(dim=1), length.clamp(min=1))
 
 
 def step_bias(

@@ -17,6 +17,7 @@ from model.mla import MLA, MLAConfig
 from model.moe import MoE
 from model.norm import RMSNorm
 from model.rope import Rotation, softmax_temperature
+from model.sequences import Sequences
 
 
 class BlockOutput(NamedTuple):
@@ -30,18 +31,25 @@ class Block(nn.Module):
     """A pre-norm transformer block, dense or MoE."""
 
     def __init__(
-        self, config: ModelConfig, *, is_dense: bool, expert_group: dist.ProcessGroup | None
+        self,
+        config: ModelConfig,
+        *,
+        is_dense: bool,
+        expert_group: dist.ProcessGroup | None,
+        sequences: Sequences,
     ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, eps=config.norm_eps)
-        self.attention = build_attention(config)
+        self.attention = build_attention(config, sequences)
         self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn: SwiGLU | MoE
         if is_dense:
             self.ffn = SwiGLU(config.dim, config.ffn_dim)
         else:
             assert config.moe is not None, "check_model asks for it"
-            self.ffn = MoE(config.moe, dim=config.dim, expert_group=expert_group)
+            self.ffn = MoE(
+                config.moe, dim=config.dim, expert_group=expert_group, sequences=sequences
+            )
 
     def forward(
         self,
@@ -78,7 +86,7 @@ class Block(nn.Module):
         return x + self.ffn(inner)
 
 
-def build_attention(config: ModelConfig) -> MLA | GQA:
+def build_attention(config: ModelConfig, sequences: Sequences) -> MLA | GQA:
     """The attention of the model's kind."""
     temperature = softmax_temperature(config.rope)
     match config.attention:
@@ -88,8 +96,11 @@ def build_attention(config: ModelConfig) -> MLA | GQA:
                 dim=config.dim,
                 norm_eps=config.norm_eps,
                 temperature=temperature,
+                sequences=sequences,
             )
         case GQAConfig():
-            return GQA(config.attention, dim=config.dim, temperature=temperature)
+            return GQA(
+                config.attention, dim=config.dim, temperature=temperature, sequences=sequences
+            )
         case _:
             raise TypeError(f"no attention for {type(config.attention).__name__}")

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from model.attention import AttentionConfig, attend, hide_future
+from model.attention import AttentionConfig, hide_future
 from model.cache import Cache
 from model.rope import Rotation, rotate_halves
+from model.sequences import Sequences
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,8 +37,11 @@ class GQAConfig(AttentionConfig):
 class GQA(nn.Module):
     """Attention whose query heads share fewer key-value heads."""
 
-    def __init__(self, config: GQAConfig, *, dim: int, temperature: float) -> None:
+    def __init__(
+        self, config: GQAConfig, *, dim: int, temperature: float, sequences: Sequences
+    ) -> None:
         super().__init__()
+        self.sequences = sequences
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5 * temperature
         kv_width = config.num_kv_heads * config.head_dim
@@ -50,7 +54,8 @@ class GQA(nn.Module):
         self, x: Float[Tensor, "B S D"], rotation: Rotation, *, segments: list[int]
     ) -> Float[Tensor, "B S D"]:
         query, key, value = self._project(x, rotation)
-        return self.out(attend(query, key, value, scale=self.scale, segments=segments).flatten(-2))
+        mixed = self.sequences.attend(query, key, value, scale=self.scale, segments=segments)
+        return self.out(mixed.flatten(-2))
 
     def decode(
         self,

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from model.attention import AttentionConfig, attend, hide_future
+from model.attention import AttentionConfig, hide_future
 from model.cache import Cache
 from model.norm import RMSNorm
 from model.rope import Rotation, rotate_pairs
+from model.sequences import Sequences
 
 
 @dataclass(slots=True, kw_only=True)
@@ -41,8 +42,17 @@ class MLAConfig(AttentionConfig):
 class MLA(nn.Module):
     """Attention whose keys and values are rebuilt from one small latent per token."""
 
-    def __init__(self, config: MLAConfig, *, dim: int, norm_eps: float, temperature: float) -> None:
+    def __init__(
+        self,
+        config: MLAConfig,
+        *,
+        dim: int,
+        norm_eps: float,
+        temperature: float,
+        sequences: Sequences,
+    ) -> None:
         super().__init__()
+        self.sequences = sequences
         self.num_heads = config.num_heads
         self.nope_head_dim = config.nope_head_dim
         self.rope_head_dim = config.rope_head_dim
@@ -77,7 +87,7 @@ class MLA(nn.Module):
         rebuilt = self.kv_up(latent).unflatten(-1, (self.num_heads, -1))
         k_nope, value = rebuilt.split((self.nope_head_dim, self.v_head_dim), dim=-1)
         k_rope = k_rope.expand(-1, -1, self.num_heads, -1)
-        mixed = attend(
+        mixed = self.sequences.attend(
             torch.cat((q_nope, q_rope), dim=-1),
             torch.cat((k_nope, k_rope), dim=-1),
             value,

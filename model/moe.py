@@ -15,6 +15,7 @@ from model.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
 from model.experts import Experts
 from model.ffn import SwiGLU
 from model.router import Router, RouterConfig, check_router
+from model.sequences import Sequences, WholeSequences
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,10 +57,16 @@ class MoE(nn.Module):
     """
 
     def __init__(
-        self, config: MoEConfig, *, dim: int, expert_group: dist.ProcessGroup | None = None
+        self,
+        config: MoEConfig,
+        *,
+        dim: int,
+        expert_group: dist.ProcessGroup | None = None,
+        sequences: Sequences | None = None,
     ) -> None:
         super().__init__()
         self.config = config
+        self.sequences = sequences or WholeSequences()
         self.num_experts = config.num_experts
         rank, num_ranks = 0, 1
         self.dispatcher: Dispatcher = LocalDispatcher(num_experts=config.num_experts)
@@ -90,7 +97,8 @@ class MoE(nn.Module):
         expert_ids = routing.expert_ids.unflatten(0, x.shape[:2])
         scores = routing.scores.unflatten(0, x.shape[:2])
         load = count_load(expert_ids, counted, num_experts=self.num_experts)
-        balance_loss = sequence_balance_loss(scores, expert_ids, counted)
+        total = self.sequences.total
+        balance_loss = sequence_balance_loss(scores, expert_ids, counted, total=total)
         group_losses = scores.new_zeros(2)
         if self.config.has_group_balance_losses:
             group_losses = group_balance_losses(
@@ -99,6 +107,7 @@ class MoE(nn.Module):
                 counted,
                 num_groups=self.config.router.num_groups,
                 top_groups=self.config.router.top_groups,
+                total=total,
             )
         return MoEOutput(hidden, load, balance_loss, group_losses)
 

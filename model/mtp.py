@@ -15,6 +15,7 @@ from model.config import ModelConfig
 from model.loss import IGNORED
 from model.norm import RMSNorm
 from model.rope import Rotation
+from model.sequences import Sequences
 
 
 class MTP(nn.Module):
@@ -25,13 +26,21 @@ class MTP(nn.Module):
     projection's input: both as in the published weights.
     """
 
-    def __init__(self, config: ModelConfig, *, expert_group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        expert_group: dist.ProcessGroup | None,
+        sequences: Sequences,
+    ) -> None:
         super().__init__()
         self.embed_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.hidden_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.project = nn.Linear(2 * config.dim, config.dim, bias=False)
         is_dense = config.num_dense_layers == config.num_layers
-        self.block = Block(config, is_dense=is_dense, expert_group=expert_group)
+        self.block = Block(
+            config, is_dense=is_dense, expert_group=expert_group, sequences=sequences
+        )
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
 
     def forward(

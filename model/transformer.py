@@ -20,6 +20,7 @@ from model.mtp import MTP, shift_back, shift_targets
 from model.norm import RMSNorm
 from model.rope import Rotation, rotation
 from model.router import Router
+from model.sequences import Sequences, WholeSequences
 
 
 class Sums(NamedTuple):
@@ -40,15 +41,22 @@ class Transformer(nn.Module):
         config: ModelConfig,
         *,
         expert_group: dist.ProcessGroup | None = None,
+        sequences: Sequences | None = None,
         recompute: bool = False,
     ) -> None:
         """Weights mean nothing yet: `model.init.initialise` or a checkpoint fills them."""
         super().__init__()
         self.config = config
         self.recompute = recompute
+        sequences = sequences or WholeSequences()
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(
-            Block(config, is_dense=i < config.num_dense_layers, expert_group=expert_group)
+            Block(
+                config,
+                is_dense=i < config.num_dense_layers,
+                expert_group=expert_group,
+                sequences=sequences,
+            )
             for i in range(config.num_layers)
         )
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
@@ -56,15 +64,16 @@ class Transformer(nn.Module):
         if not config.tie_embedding:
             self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.mtp = nn.ModuleList(
-            MTP(config, expert_group=expert_group) for _ in range(config.mtp.depth)
+            MTP(config, expert_group=expert_group, sequences=sequences)
+            for _ in range(config.mtp.depth)
         )
 
     def forward(
         self,
-        tokens: Int64[Tensor, "B S"],
-        targets: Int64[Tensor, "B S"],
+        tokens: Int64[Tensor, "B T"],
+        targets: Int64[Tensor, "B T"],
         positions: Int64[Tensor, "B S"],
-        counted: Bool[Tensor, "B S"],
+        counted: Bool[Tensor, "B T"],
         *,
         segments: list[int],
     ) -> Sums:
@@ -72,10 +81,13 @@ class Transformer(nn.Module):
 
         `targets` are the next tokens, IGNORED where nothing is predicted; `counted` marks the
         tokens that are no padding; `segments` are the documents' lengths in reading order.
+        T = S, or more where only a part of each sequence is here: then up to M tokens that follow
+        it come along, for MTP to look ahead.
         """
         turn = self._rotation(positions)
+        here = slice(positions.shape[1])
         embedded = self.embed(tokens)
-        hidden = embedded
+        hidden = embedded[:, here]
         loads, balance_losses, group_losses = [], [], []
 
         def run(block: nn.Module, *inputs: Tensor, counted: Tensor) -> Tensor:
@@ -91,16 +103,18 @@ class Transformer(nn.Module):
             return out.hidden
 
         for layer in self.layers:
-            hidden = run(layer, hidden, counted=counted)
+            hidden = run(layer, hidden, counted=counted[:, here])
         hidden = self.norm(hidden)
-        loss = summed_cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
+        loss = summed_cross_entropy(
+            hidden.flatten(0, 1), self.head_weight, targets[:, here].flatten()
+        )
 
         mtp_losses = []
         for depth, mtp in enumerate(self.mtp, start=1):
-            ahead = shift_back(embedded, depth)
+            ahead = shift_back(embedded, depth)[:, here]
             is_real = counted & shift_back(counted, depth)
-            hidden = run(mtp, hidden, ahead, counted=is_real)
-            wanted = shift_targets(targets, depth)
+            hidden = run(mtp, hidden, ahead, counted=is_real[:, here])
+            wanted = shift_targets(targets, depth)[:, here]
             mtp_losses.append(
                 summed_cross_entropy(hidden.flatten(0, 1), self.head_weight, wanted.flatten())
             )

@@ -82,6 +82,7 @@ def layout_of(config: RunConfig, *, num_ranks: int) -> Layout:
     return Layout(
         parallel=config.parallel,
         model=config.model,
+        data=config.data,
         optimizer=config.optimizer,
         precision=config.precision,
         schedule=config.schedule,

@@ -16,10 +16,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.sequence.layer import DistributedAttention
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from data.batches import Batch
+from model.attention import attend
 from model.init import first_experts, initial_value, initialise
 from model.moe import MoE
 from model.transformer import Sums, Transformer
@@ -30,6 +32,7 @@ from train.optimizer import build_optimizer, parameter_groups
 from train.parallel import ParallelConfig, Recompute
 from train.precision import Dtype
 from train.ranks import Ranks, connect, read_device
+from train.sequences import cut
 
 # The op for shared-memory collectives on the CPU is compiled at start-up (a minute, and a
 # compiler is needed); gloo does without it.
@@ -60,7 +63,7 @@ def join(config: ParallelConfig, *, timeout_minutes: float) -> Ranks:
     )
     if config.expert > 1:
         groups._create_expert_and_data_parallel(config.expert)
-    return connect(timeout_minutes=timeout_minutes)
+    return connect(timeout_minutes=timeout_minutes, ranks_per_sequence=config.sequence)
 
 
 class Engine:
@@ -73,9 +76,14 @@ class Engine:
         expert_group = None
         if parallel.expert > 1:
             expert_group = groups._get_expert_parallel_group(group_name)
+        sequences = None
+        if ranks.sequence_group is not None:
+            sequences = UlyssesSequences(ranks.sequence_group)
+        self._look_ahead = config.model.mtp.depth
         model = Transformer(
             config.model,
             expert_group=expert_group,
+            sequences=sequences,
             recompute=parallel.recompute is Recompute.full,
         )
         initialise(model, seed=config.seed, std=config.model.init_std)
@@ -98,8 +106,14 @@ class Engine:
             self._restore_masters(config)
 
     def forward(self, batch: Batch) -> Sums:
-        """The model's sums for a micro-batch of this rank."""
+        """The model's sums for this rank's part of a micro-batch of its replica."""
         device = self.ranks.device
+        batch = cut(
+            batch,
+            self.ranks.place_in_replica,
+            parts=self.ranks.ranks_per_replica,
+            ahead=self._look_ahead,
+        )
         sums: Sums = self._engine(
             batch.tokens.to(device, non_blocking=True),
             batch.targets.to(device, non_blocking=True),
@@ -223,6 +237,34 @@ class Engine:
 def _partition(parameter: Any) -> Any:
     """Where this rank's part of a parameter lies in ZeRO's flat partitions; None if it has none."""
     return parameter._hp_mapping
+
+
+class UlyssesSequences:
+    """Sequences of which the ranks of a group hold a part each.
+
+    To ZeRO these ranks are data-parallel: each adds its tokens' share of the loss, and the messages
+    carry gradients back. Were DeepSpeed told of the group (by `mpu`), it would divide gradients by
+    fewer ranks, and refuse ZeRO-3 with experts.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._attention = DistributedAttention(attend, group, scatter_idx=2, gather_idx=1)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, segments: list[int]
+    ) -> Tensor:
+        """Exchange heads for tokens, attend over whole sequences, and exchange back."""
+        batch_dim = 0
+        mixed: Tensor = self._attention(
+            query, key, value, batch_dim, scale=scale, segments=segments
+        )
+        return mixed
+
+    def total(self, counts: Tensor) -> Tensor:
+        """Sums over the group, of counts that carry no gradient."""
+        dist.all_reduce(counts, group=self._group)
+        return counts
 
 
 class _RegisteredMoE(MoE, AutoEPMoELayer):

@@ -50,8 +50,8 @@ class Evaluation(NamedTuple):
 class Measured(NamedTuple):
     """What a share of the batches adds up to."""
 
-    nats: float
-    target_counts: npt.NDArray[np.int64]  # how often each token was a target [V]
+    nats: float  # of this rank's part of each sequence
+    target_counts: npt.NDArray[np.int64]  # how often each token was a target [V], whole sequences
 
 
 def evaluate(
@@ -67,14 +67,15 @@ def evaluate(
     """The evaluation over all ranks' shares of the validation split; the same on every rank."""
     batches = validation_batches(
         samples,
-        rank=ranks.rank,
-        world=ranks.count,
+        rank=ranks.replica,
+        world=ranks.num_replicas,
         micro_batch_size=micro_batch_size,
         limit=max_sequences,
     )
     train_counts = read_unigram(corpus, Split.train)
     shares = ranks.gather(_measure(forward, batches, vocab_size=len(train_counts)))
-    target_counts = np.sum([share.target_counts for share in shares], axis=0)
+    every_rank = np.sum([share.target_counts for share in shares], axis=0)
+    target_counts = every_rank // ranks.ranks_per_replica
     targets = int(target_counts.sum())
     loss = sum(share.nats for share in shares) / targets
     record = read_manifest(corpus).validation

@@ -13,6 +13,7 @@ from enum import Enum
 from itertools import combinations, product
 from typing import Any
 
+from data.config import DataConfig
 from model.config import ModelConfig
 from train.optimizer import OptimizerConfig
 from train.parallel import ParallelConfig
@@ -33,6 +34,7 @@ class Layout:
 
     parallel: ParallelConfig
     model: ModelConfig
+    data: DataConfig
     optimizer: OptimizerConfig
     precision: PrecisionConfig
     schedule: ScheduleConfig
@@ -51,6 +53,11 @@ class Layout:
         for setting, value in values.items():
             layout = _replace_at(layout, setting.split("."), value)
         return layout
+
+    @property
+    def num_replicas(self) -> int:
+        """Ranks, or groups of them, that each read sequences of their own."""
+        return max(self.ranks // self.parallel.sequence, 1)
 
     @property
     def num_experts(self) -> int:
@@ -75,6 +82,7 @@ class Rule:
 CHOICES: dict[str, Callable[[Layout], Iterable[Any]]] = {
     "parallel.zero_stage": lambda layout: _nearest((1, 2), layout.parallel.zero_stage),
     "parallel.expert": lambda layout: _nearest(divisors(layout.ranks), layout.parallel.expert),
+    "parallel.sequence": lambda layout: _nearest(divisors(layout.ranks), layout.parallel.sequence),
 }
 
 
@@ -87,10 +95,21 @@ def _whole_micro_batches(size: str) -> Rule:
         why="a global batch is whole micro-batches on every rank",
         problem=lambda layout: (
             f"{size}={layout.value(size)} is not divisible by parallel.micro_batch_size="
-            f"{layout.parallel.micro_batch_size} times {layout.ranks} ranks"
+            f"{layout.parallel.micro_batch_size} times {_describe_replicas(layout)}"
         ),
         way_out=lambda layout: f"a multiple of {per_pass(layout)} or a smaller micro-batch",
     )
+
+
+def _key_heads(layout: Layout) -> str:
+    """The setting that says how many heads keys and values have: no more ranks can share them."""
+    grouped = "model.attention.num_kv_heads"
+    return "model.attention.num_heads" if layout.value(grouped) is None else grouped
+
+
+def _describe_undivided(layout: Layout, divisor: str, setting: str) -> str:
+    one, other = (describe_value(name, layout.value(name)) for name in (divisor, setting))
+    return f"{one} does not divide {other}"
 
 
 RULES: tuple[Rule, ...] = (
@@ -123,6 +142,27 @@ RULES: tuple[Rule, ...] = (
             "parallel.expert from "
             f"{[d for d in divisors(layout.ranks) if layout.num_experts % d == 0]}"
         ),
+    ),
+    Rule(
+        settings=("parallel.sequence", RANKS),
+        is_broken=lambda layout: layout.ranks % layout.parallel.sequence != 0,
+        why="every sequence is spread over equally many ranks",
+        problem=lambda layout: (
+            f"parallel.sequence={layout.parallel.sequence} does not divide the {layout.ranks} ranks"
+        ),
+    ),
+    Rule(
+        settings=("parallel.sequence", "model.attention.num_heads"),
+        is_broken=lambda layout: layout.value(_key_heads(layout)) % layout.parallel.sequence != 0,
+        why="attention runs over whole sequences, each rank on equally many heads (of keys and "
+        "values: num_kv_heads, where the attention has that)",
+        problem=lambda layout: _describe_undivided(layout, "parallel.sequence", _key_heads(layout)),
+    ),
+    Rule(
+        settings=("parallel.sequence", "data.seq_len"),
+        is_broken=lambda layout: layout.data.seq_len % layout.parallel.sequence != 0,
+        why="every rank holds an equal part of each sequence",
+        problem=lambda layout: _describe_undivided(layout, "parallel.sequence", "data.seq_len"),
     ),
     *(_whole_micro_batches(size) for size in BATCH_SIZES),
 )
@@ -186,7 +226,13 @@ def describe_value(setting: str, value: Any) -> str:
 
 def per_pass(layout: Layout) -> int:
     """Sequences that all ranks take in one forward pass."""
-    return layout.parallel.micro_batch_size * layout.ranks
+    return layout.parallel.micro_batch_size * layout.num_replicas
+
+
+def _describe_replicas(layout: Layout) -> str:
+    if layout.num_replicas == layout.ranks:
+        return f"{layout.ranks} ranks"
+    return f"{layout.num_replicas} replicas of {layout.ranks // layout.num_replicas} ranks"
 
 
 def divisors(number: int) -> list[int]:

@@ -15,6 +15,8 @@ class Recompute(StrEnum):
 class ParallelConfig:
     #: Ranks over which each layer's routed experts are spread.
     expert: int = 1
+    #: Ranks over which each sequence is spread, for long contexts (DeepSpeed Ulysses).
+    sequence: int = 1
     #: DeepSpeed ZeRO stage: 1 shares out optimizer states, 2 gradients as well.
     zero_stage: int = 1
     #: Sequences in one forward pass of one rank; accumulation follows from the batch size.
@@ -34,6 +36,6 @@ def check_parallel(config: ParallelConfig) -> None:
             f"parallel.zero_stage={config.zero_stage} is not supported; choose 1 or 2 "
             "(stage 0 clips expert gradients wrongly in DeepSpeed 0.19.8)"
         )
-    for name in ("expert", "micro_batch_size", "reduce_bucket_size"):
+    for name in ("expert", "sequence", "micro_batch_size", "reduce_bucket_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"parallel.{name}={getattr(config, name)} must be at least 1")

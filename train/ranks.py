@@ -2,7 +2,7 @@
 
 import datetime
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -16,13 +16,29 @@ class Ranks:
     """This process's place among all.
 
     `control` is a gloo group: agreement on the host, without touching the device. A process
-    that is alone needs none.
+    that is alone needs none. Ranks that work on the same sequences make up a replica of the model;
+    without sequence parallelism each is one of its own.
     """
 
     rank: int
     count: int
     device: torch.device
     control: dist.ProcessGroup | None = None
+    ranks_per_replica: int = 1
+    sequence_group: dist.ProcessGroup | None = None  # this replica's ranks, if it has several
+
+    @property
+    def replica(self) -> int:
+        """The replica that this rank belongs to: consecutive ranks form one."""
+        return self.rank // self.ranks_per_replica
+
+    @property
+    def place_in_replica(self) -> int:
+        return self.rank % self.ranks_per_replica
+
+    @property
+    def num_replicas(self) -> int:
+        return self.count // self.ranks_per_replica
 
     @property
     def is_first(self) -> bool:
@@ -35,6 +51,10 @@ class Ranks:
         tensor = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(tensor, group=self.control)
         return tensor.tolist()
+
+    def sum_replicas(self, values: list[int]) -> list[int]:
+        """Element-wise sums over replicas, exact; the ranks of a replica give the same values."""
+        return [value // self.ranks_per_replica for value in self.sum(values)]
 
     def any(self, claim: bool) -> bool:
         """Whether the claim holds on at least one rank."""
@@ -65,8 +85,19 @@ def alone() -> Ranks:
     return Ranks(0, 1, read_device())
 
 
-def connect(*, timeout_minutes: float) -> Ranks:
-    """The group's other members found; the default group must be initialised."""
-    control = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
+def connect(*, timeout_minutes: float, ranks_per_sequence: int = 1) -> Ranks:
+    """The group's other members found; the default group must be initialised.
+
+    `ranks_per_sequence` consecutive ranks hold a part of each sequence of a replica.
+    """
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    control = dist.new_group(backend="gloo", timeout=timeout)
     assert control is not None, "every rank is a member"
-    return Ranks(dist.get_rank(), dist.get_world_size(), read_device(), control)
+    ranks = Ranks(
+        dist.get_rank(), dist.get_world_size(), read_device(), control, ranks_per_sequence
+    )
+    if ranks_per_sequence == 1:
+        return ranks
+    members = torch.arange(ranks.count).unflatten(0, (-1, ranks_per_sequence)).tolist()
+    groups = [dist.new_group(sequence, timeout=timeout) for sequence in members]
+    return replace(ranks, sequence_group=groups[ranks.replica])

@@ -58,8 +58,8 @@ class Run:
         self.validation = open_samples(trusting, Split.validation, seed=config.seed)
         self.batches = Batches(
             open_samples(data, Split.train, seed=config.seed),
-            rank=ranks.rank,
-            world=ranks.count,
+            rank=ranks.replica,
+            world=ranks.num_replicas,
             micro_batch_size=config.parallel.micro_batch_size,
         )
         torch.manual_seed(config.seed)

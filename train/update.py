@@ -36,11 +36,11 @@ class StepReport(NamedTuple):
 
 
 def count_denominators(batches: list[Batch], config: ModelConfig, ranks: Ranks) -> Denominators:
-    """The step's denominators: counts on the host, added over ranks there."""
+    """The step's denominators: counts on the host, added over replicas there."""
     depths = range(config.mtp.depth + 1)
     targets = [sum(batch.num_targets(depth) for batch in batches) for depth in depths]
     sequences = sum(len(batch.tokens) for batch in batches)
-    *targets, sequences = ranks.sum([*targets, sequences])
+    *targets, sequences = ranks.sum_replicas([*targets, sequences])
     return Denominators(targets[0], targets[1:], sequences)
 
 

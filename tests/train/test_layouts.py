@@ -1,81 +1,23 @@
 """Any layout trains the same model: losses, weights, moments, counts and bias."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from model.moe import MoEConfig
 from model.router import RouterConfig
-from tests.ranks import run_ranks
-from tests.train.tiny import random_batches, tiny_model, tiny_run
-from train.config import RunConfig, check_run
-from train.engine import Engine, join
-from train.parallel import ParallelConfig, Recompute
-from train.precision import Dtype, PrecisionConfig
-from train.ranks import Ranks
-from train.update import count_denominators, update
-
-STEPS = 3
-
-
-class Trained(NamedTuple):
-    losses: Tensor  # [STEPS, 5]
-    norms: Tensor  # [STEPS]
-    loads: Tensor  # [STEPS, L, E]
-    state: dict[str, Tensor]  # logical tensors, flattened
-
-
-def train_steps(config: RunConfig) -> Trained:
-    """Three steps from the same start on the same global batches, on the ranks of this group."""
-    ranks = join(config.parallel, timeout_minutes=1)
-    engine = Engine(config, ranks)
-    losses, norms, loads = [], [], []
-    for step in range(STEPS):
-        batches = random_batches(
-            step,
-            rank=ranks.rank,
-            num_ranks=ranks.count,
-            micro_batch_size=config.parallel.micro_batch_size,
-        )
-        over = count_denominators(batches, config.model, ranks)
-        report = update(engine, batches, over, config=config.model, lr=1e-4)
-        assert report.is_applied
-        losses.append(report.losses)
-        norms.append(report.grad_norm)
-        loads.append(report.load)
-    state = gather_state(engine, ranks)
-    return Trained(torch.stack(losses), torch.tensor(norms), torch.stack(loads), state)
-
-
-def gather_state(engine: Engine, ranks: Ranks) -> dict[str, Tensor]:
-    """Every logical tensor put together from its owners' fragments."""
-    owned = [(part.name, part.start, part.data.detach().clone()) for part in engine.fragments()]
-    parts: dict[str, list[tuple[int, Tensor]]] = {}
-    for share in ranks.gather(owned):
-        for name, start, data in share:
-            parts.setdefault(name, []).append((start, data))
-    return {
-        name: torch.cat([data for _, data in sorted(runs, key=lambda run: run[0])])
-        for name, runs in parts.items()
-    }
-
-
-def run(folder: Path, num_ranks: int, *, accumulation: int = 1, **layout: Any) -> Trained:
-    dtype, model = layout.pop("dtype", Dtype.fp32), layout.pop("model", tiny_model())
-    parallel = ParallelConfig(micro_batch_size=8 // num_ranks // accumulation, **layout)
-    precision = PrecisionConfig(dtype=dtype)
-    config = tiny_run(folder, model=model, parallel=parallel, precision=precision)
-    check_run(config, num_ranks=num_ranks)
-    return run_ranks(num_ranks, lambda: train_steps(config))[0]
+from tests.train.tiny import tiny_model
+from tests.train.trained import STEPS, Trained, assert_same_training, train_layout
+from train.parallel import Recompute
+from train.precision import Dtype
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """One rank, one micro-batch, nothing recomputed."""
-    return run(tmp_path_factory.mktemp("reference"), 1)
+    return train_layout(tmp_path_factory.mktemp("reference"), 1)
 
 
 LAYOUTS = [
@@ -101,17 +43,7 @@ LAYOUTS = [
 def test_every_layout_equals_one_rank(
     tmp_path: Path, reference: Trained, num_ranks: int, layout: dict[str, Any]
 ) -> None:
-    got = run(tmp_path, num_ranks, **layout)
-    torch.testing.assert_close(got.losses, reference.losses, rtol=1e-5, atol=0)
-    torch.testing.assert_close(got.norms, reference.norms, rtol=1e-5, atol=0)
-    assert torch.equal(got.loads, reference.loads)
-    assert got.state.keys() == reference.state.keys()
-    for name, expected in reference.state.items():
-        if name.startswith("buffer/"):
-            assert torch.equal(got.state[name], expected), name
-        else:
-            error = (got.state[name] - expected).abs().max() / expected.abs().max()
-            assert error <= 1e-5, f"{name} differs by {error:.1e}"
+    assert_same_training(train_layout(tmp_path, num_ranks, **layout), reference)
 
 
 def test_v2s_group_losses_are_the_same_in_every_layout_and_change_the_run(
@@ -127,8 +59,8 @@ def test_v2s_group_losses_are_the_same_in_every_layout_and_change_the_run(
         router=RouterConfig(num_groups=4, top_groups=2, bias_update_speed=0.01),
     )
     model = tiny_model(moe=moe)
-    alone = run(tmp_path / "alone", 1, model=model)
-    spread = run(tmp_path / "spread", 2, model=model, expert=2, accumulation=2)
+    alone = train_layout(tmp_path / "alone", 1, model=model)
+    spread = train_layout(tmp_path / "spread", 2, model=model, expert=2, accumulation=2)
     torch.testing.assert_close(spread.losses, alone.losses, rtol=1e-5, atol=0)
     for name, expected in alone.state.items():
         error = (spread.state[name] - expected).abs().max() / expected.abs().max()
@@ -137,7 +69,7 @@ def test_v2s_group_losses_are_the_same_in_every_layout_and_change_the_run(
     assert (reference.losses[:, 2:4] == 0).all()
 
     moe.device_balance_loss_weight = moe.communication_balance_loss_weight = 0.0
-    without = run(tmp_path / "without", 1, model=model)
+    without = train_layout(tmp_path / "without", 1, model=model)
     router = "weight/layers.1.ffn.router.weight"
     assert not torch.equal(without.state[router], alone.state[router])
 
@@ -152,7 +84,9 @@ def test_load_counts_every_real_choice_of_every_layer_once(reference: Trained) -
 def test_bf16_stays_near_fp32_and_keeps_fp32_masters_and_bias(
     tmp_path: Path, reference: Trained, zero_stage: int
 ) -> None:
-    got = run(tmp_path, 2, expert=2, accumulation=2, zero_stage=zero_stage, dtype=Dtype.bf16)
+    got = train_layout(
+        tmp_path, 2, expert=2, accumulation=2, zero_stage=zero_stage, dtype=Dtype.bf16
+    )
     torch.testing.assert_close(got.losses, reference.losses, rtol=2e-2, atol=0)
     assert all(tensor.dtype == torch.float32 for tensor in got.state.values())
     name = "weight/layers.1.ffn.experts.gate"
@@ -163,8 +97,8 @@ def test_bf16_stays_near_fp32_and_keeps_fp32_masters_and_bias(
 
 def test_clipping_scales_every_gradient_by_the_norm_over_all_experts(tmp_path: Path) -> None:
     """SGD-like check through AdamW's first moment: m = (1 - beta1) * clipped gradient."""
-    one = run(tmp_path, 1)
-    spread = run(tmp_path, 2, expert=2)
+    one = train_layout(tmp_path, 1)
+    spread = train_layout(tmp_path, 2, expert=2)
     name = "exp_avg/layers.1.ffn.experts.down"
     torch.testing.assert_close(spread.state[name], one.state[name], rtol=1e-4, atol=1e-9)
     assert one.norms[0] > 1.0, "the default clip norm of 1 was active"

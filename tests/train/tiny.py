@@ -81,6 +81,10 @@ def random_batches(
     tokens = torch.randint(0, 512, (batch_size, SEQ_LEN + 1), generator=generator)
     targets = tokens[:, 1:].clone()
     targets[:3, 5] = IGNORED  # borders of documents
+
+    def documents(row: int) -> list[int]:
+        return [6, SEQ_LEN - 6] if row < 3 else [SEQ_LEN]
+
     is_real = torch.ones_like(targets, dtype=torch.bool)
     is_real[-1, 10:] = False  # padding, in the last rank's last micro-batch
     targets[~is_real] = IGNORED
@@ -92,7 +96,7 @@ def random_batches(
             targets[i : i + micro_batch_size],
             positions[i : i + micro_batch_size],
             is_real[i : i + micro_batch_size],
-            [SEQ_LEN] * micro_batch_size,
+            [length for row in range(i, i + micro_batch_size) for length in documents(row)],
         )
         for i in range(mine.start, mine.stop, mine.step)
     ]

@@ -1,0 +1,155 @@
+"""Sequence parallelism trains the same model as one rank that holds whole sequences."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.config import GQAModelConfig, ModelConfig, MTPConfig
+from model.gqa import GQAConfig
+from model.mla import MLAConfig
+from model.moe import MoEConfig
+from model.router import RouterConfig
+from tests.ranks import run_ranks
+from tests.train.tiny import random_batches, tiny_model, tiny_run
+from tests.train.trained import Trained, assert_same_training, train_layout
+from train.config import check_run
+from train.engine import join
+from train.journal import read_records
+from train.loop import train
+from train.parallel import ParallelConfig, Recompute
+from train.sequences import cut
+
+
+def four_heads() -> ModelConfig:
+    """Latent attention with a head for each of four ranks, MTP two tokens ahead, all losses."""
+    attention = MLAConfig(
+        num_heads=4,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        nope_head_dim=8,
+        rope_head_dim=4,
+        v_head_dim=8,
+    )
+    moe = MoEConfig(
+        num_experts=8,
+        top_k=2,
+        expert_dim=16,
+        balance_loss_weight=0.01,
+        device_balance_loss_weight=0.05,
+        communication_balance_loss_weight=0.02,
+        router=RouterConfig(num_groups=4, top_groups=2, bias_update_speed=0.01),
+    )
+    return tiny_model(attention=attention, moe=moe, mtp=MTPConfig(depth=2))
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return train_layout(tmp_path_factory.mktemp("reference"), 1, model=four_heads())
+
+
+LAYOUTS = [
+    pytest.param(2, {"sequence": 2, "expert": 2, "accumulation": 2}, id="2 ranks"),
+    pytest.param(4, {"sequence": 4, "expert": 2, "zero_stage": 2}, id="4 ranks"),
+    *(
+        pytest.param(
+            4,
+            {"sequence": sequence, "expert": expert, "zero_stage": zero_stage, **more},
+            marks=pytest.mark.slow,
+        )
+        for sequence in (2, 4)
+        for expert in (1, 2, 4)
+        for zero_stage in (1, 2)
+        for more in ({"recompute": Recompute.full}, {"accumulation": 2})
+    ),
+]
+
+
+@pytest.mark.parametrize(("num_ranks", "layout"), LAYOUTS)
+def test_parts_of_sequences_train_the_same_model_as_whole_ones(
+    tmp_path: Path, reference: Trained, num_ranks: int, layout: dict[str, Any]
+) -> None:
+    got = train_layout(tmp_path, num_ranks, model=four_heads(), **layout)
+    assert_same_training(got, reference)
+
+
+def grouped_heads() -> ModelConfig:
+    """A dense model with two key-value heads, each shared by two query heads."""
+    return GQAModelConfig(
+        vocab_size=512,
+        dim=32,
+        num_layers=2,
+        num_dense_layers=2,
+        ffn_dim=48,
+        init_std=0.05,
+        tie_embedding=True,
+        attention=GQAConfig(num_heads=4, num_kv_heads=2, head_dim=8, qkv_bias=True),
+    )
+
+
+def test_grouped_query_attention_keeps_query_heads_with_their_key_value_head(
+    tmp_path: Path,
+) -> None:
+    one = train_layout(tmp_path, 1, model=grouped_heads())
+    assert_same_training(train_layout(tmp_path, 2, model=grouped_heads(), sequence=2), one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model": tiny_model()},
+            r"parallel.sequence=4 does not divide model.attention.num_heads=2",
+        ),
+        ({"model": grouped_heads()}, r"parallel.sequence=4 does not divide .*num_kv_heads=2"),
+        ({"seq_len": 18}, r"parallel.sequence=4 does not divide data.seq_len=18"),
+        ({"num_ranks": 6}, r"parallel.sequence=4 does not divide the 6 ranks"),
+    ],
+)
+def test_sequences_that_cannot_be_shared_are_refused_with_the_nearest_number_of_ranks(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    parallel = ParallelConfig(sequence=4, micro_batch_size=1)
+    config = tiny_run(tmp_path, model=changes.get("model", four_heads()), parallel=parallel)
+    config.schedule.batch_size = 12
+    config.data.seq_len = changes.get("seq_len", config.data.seq_len)
+    with pytest.raises(ValueError, match=rf"{message}; choose parallel.sequence=2"):
+        check_run(config, num_ranks=changes.get("num_ranks", 4))
+
+
+def test_a_part_ends_with_the_tokens_of_the_next_that_mtp_looks_ahead_to() -> None:
+    (batch,) = random_batches(0, rank=0, num_ranks=1, micro_batch_size=8)
+    first, second = (cut(batch, part, parts=2, ahead=2) for part in range(2))
+    assert torch.equal(first.tokens, batch.tokens[:, :10])
+    assert torch.equal(second.tokens, batch.tokens[:, 8:])
+    assert torch.equal(second.positions, batch.positions[:, 8:])
+    assert first.document_lengths == second.document_lengths == batch.document_lengths
+
+
+def test_a_run_reads_evaluates_and_continues_as_on_one_rank(corpus: Path, tmp_path: Path) -> None:
+    def start(folder: str, num_ranks: int, steps: int, **layout: Any) -> dict[str, Any]:
+        config = tiny_run(tmp_path / folder, model=four_heads())
+        config.parallel = ParallelConfig(micro_batch_size=4, **layout)
+        config.data.folder, config.schedule.steps = str(corpus), steps
+        config.evaluation.max_sequences = 6  # the last batch of each replica is partly padding
+        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+        run_ranks(num_ranks, lambda: train(config, join(config.parallel, timeout_minutes=1)))
+        return {
+            f"{event} {record['step']}": record
+            for event in ("step", "evaluation")
+            for record in read_records(Path(config.run_dir), event=event)
+        }
+
+    expected = start("one", 1, 6)
+    start("parts", 2, 4, sequence=2, expert=2)
+    got = start("parts", 1, 6)
+    assert got["evaluation 4"]["targets"] == got["evaluation 6"]["targets"]
+    for step in range(1, 7):
+        record, wanted = got[f"step {step}"], expected[f"step {step}"]
+        assert record["samples"] == wanted["samples"]
+        assert record["targets"] == wanted["targets"]
+        for name in ("loss", "mtp_loss_1", "balance_loss", "grad_norm"):
+            assert record[name] == pytest.approx(wanted[name], rel=1e-5), (step, name)
+    for name in ("loss", "bits_per_byte", "targets", "unigram_entropy"):
+        assert got["evaluation 6"][name] == pytest.approx(expected["evaluation 6"][name], rel=1e-5)
