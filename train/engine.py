@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.sequence.layer import DistributedAttention
 from deepspeed.utils import groups
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from model.attention import attend
 from model.init import first_experts, initial_value, initialise
 from model.moe import MoE
 from model.transformer import Sums, Transformer
+from train.adamw import MOMENTS, AdamW
 from train.config import RunConfig
 from train.deepspeed_config import deepspeed_config
 from train.manifest import Fragment
@@ -38,7 +40,8 @@ from train.sequences import cut
 # compiler is needed); gloo does without it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+# DeepSpeed lets only optimizers that it knows run under ZeRO. Ours is element by element.
+ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
 
 
 class StepResult(NamedTuple):
@@ -101,7 +104,8 @@ class Engine:
         )
         self._zero = self._engine.optimizer
         self.model: Transformer = self._engine.module
-        self._start_moments()
+        for flat in self._flat_parts():  # before the first step, so that it can be loaded into
+            self._optimizer.start(flat)
         if config.precision.dtype is not Dtype.fp32:
             self._restore_masters(config)
 
@@ -160,8 +164,8 @@ class Engine:
     def fragments(self) -> Iterator[Fragment]:
         """All state that this rank owns, as live storage under logical names.
 
-        Master weights, both moments, and (on the first rank) the routers' biases. Every element
-        is owned by exactly one rank.
+        Master weights, the optimizer's moments, and (on the first rank) the routers' biases. Every
+        element is owned by exactly one rank.
         """
         for name, parameter in self.model.named_parameters():
             mapping = _partition(parameter)
@@ -171,8 +175,8 @@ class Engine:
             start += mapping.lp_fragment_address.start
             master = mapping.get_hp_fragment().detach()
             yield Fragment(f"weight/{name}", shape, start, master)
-            for moment in MOMENTS:
-                yield Fragment(f"{moment}/{name}", shape, start, mapping.get_hp_fragment(moment))
+            for kind, values in self._moments(mapping):
+                yield Fragment(f"{kind}/{name}", shape, start, values)
         if self.ranks.is_first:
             for name, buffer in self.model.named_buffers():
                 yield Fragment(f"buffer/{name}", tuple(buffer.shape), 0, buffer.flatten())
@@ -193,9 +197,8 @@ class Engine:
         return shapes
 
     def finish_load(self, *, updates: int) -> None:
-        """Take over what was written into `fragments()`: AdamW's count and the model's weights."""
-        for state in self._optimizer.state.values():
-            state["step"].fill_(updates)
+        """Take over what was written into `fragments()`, and how many updates made it."""
+        self._optimizer.finish_load(updates=updates)
         self._zero.update_lp_params()
 
     def _logical_place(self, name: str, parameter: nn.Parameter) -> tuple[tuple[int, ...], int]:
@@ -206,16 +209,15 @@ class Engine:
         per_expert = parameter[0].numel()
         return (self._num_experts, *parameter.shape[1:]), first * per_expert
 
-    def _start_moments(self) -> None:
-        """Create AdamW's state before the first step, so that it can be loaded into."""
-        for group in self._optimizer.param_groups:
-            for flat in group["params"]:
-                self._optimizer.state[flat] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=flat.device),
-                    **{moment: torch.zeros_like(flat) for moment in MOMENTS},
-                }
-        self._zero._hp_optimizer_states_linked = False
-        self._zero._lazy_init_hp_params_optimizer_state()
+    def _flat_parts(self) -> list[Tensor]:
+        """This rank's part of each parameter group, which is all that the optimizer sees."""
+        return [group["params"][0] for group in self._optimizer.param_groups]
+
+    def _moments(self, mapping: Any) -> Iterator[tuple[str, Tensor]]:
+        """What the optimizer keeps for this rank's part of a parameter, as storage to be filled."""
+        flat, place = self._flat_parts()[mapping.param_group_index], mapping.hp_fragment_address
+        for kind, values in self._optimizer.open_state(flat).items():
+            yield kind, values.narrow(0, place.start, place.numel)
 
     def _restore_masters(self, config: RunConfig) -> None:
         """Give the masters their fp32 initial values: DeepSpeed rounded the model first."""

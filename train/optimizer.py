@@ -1,10 +1,12 @@
-"""The optimizer: AdamW, and which parameters decay."""
+"""The optimizer: AdamW, which parameters decay, and how its moments are kept."""
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
+
+from train.adamw import AdamW
+from train.moments import SLOWEST_IN_BF16, Moments
 
 
 @dataclass(slots=True, kw_only=True)
@@ -17,6 +19,9 @@ class OptimizerConfig:
     beta2: float = 0.95
     #: Added to the root of the second moment.
     eps: float = 1e-8
+    #: The number that keeps each element of a moment between steps: 4 or 2 bytes. It may change
+    #: when a run continues.
+    moments: Moments = Moments.fp32
     #: Decoupled weight decay, on matrices only.
     weight_decay: float = 0.1
     #: Largest global gradient norm, over all experts of all ranks; 0 does not clip.
@@ -43,10 +48,14 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> AdamW:
     """AdamW over the groups; the learning rate is set at each step."""
-    return torch.optim.AdamW(
-        groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+    return AdamW(
+        groups,
+        lr=0.0,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        moments=config.moments,
     )
 
 
@@ -64,3 +73,11 @@ def check_optimizer(config: OptimizerConfig) -> None:
         raise ValueError(
             f"optimizer.max_skipped_steps={config.max_skipped_steps} must be at least 1"
         )
+    if config.moments is Moments.bf16:
+        for name in ("beta1", "beta2"):
+            if getattr(config, name) > SLOWEST_IN_BF16:
+                raise ValueError(
+                    f"optimizer.{name}={getattr(config, name)} is too slow for "
+                    f"optimizer.moments=bf16: BF16 would round its decay away; choose at most "
+                    f"{SLOWEST_IN_BF16:.3f}, or optimizer.moments=fp32"
+                )

@@ -17,6 +17,7 @@ class Dtype(StrEnum):
 
 @dataclass(slots=True, kw_only=True)
 class PrecisionConfig:
-    #: Weights and activations of the forward and backward pass. Master weights, moments and
-    #: accumulated gradients are fp32 in any case, and so are router, softmax and loss.
+    #: Weights and activations of the forward and backward pass. Master weights and
+    #: accumulated gradients are fp32 in any case, and so are router, softmax and loss; moments are
+    #: as `optimizer.moments` says.
     dtype: Dtype = Dtype.fp32

@@ -1,0 +1,115 @@
+"""Every optimizer trains, saves and resumes bit for bit under ZeRO with experts spread."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ranks import run_ranks
+from tests.train.tiny import random_batches, tiny_run
+from train.checkpoint import Checkpoints, check_coverage, load
+from train.config import RunConfig, check_run
+from train.engine import Engine, join
+from train.moments import Moments
+from train.optimizer import OptimizerConfig
+from train.parallel import ParallelConfig
+from train.ranks import Ranks
+from train.update import count_denominators, update
+
+ABOUT: dict[str, Any] = {
+    "progress": {},
+    "tokenizer": "",
+    "layout": {},
+    "versions": {},
+    "config": {},
+}
+CHOICES = {
+    "adamw": OptimizerConfig(),
+    "adamw_bf16": OptimizerConfig(moments=Moments.bf16),
+}
+
+
+def train_steps(engine: Engine, ranks: Ranks, config: RunConfig, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        batches = random_batches(step, rank=ranks.rank, num_ranks=ranks.count, micro_batch_size=2)
+        over = count_denominators(batches, config.model, ranks)
+        report = update(engine, batches, over, config=config.model, lr=1e-3)
+        assert report.is_applied
+        losses.append(float(report.losses[0]))
+    return losses
+
+
+def start(config: RunConfig, *, step: int | None = None) -> tuple[Engine, Ranks]:
+    """A new engine, filled from the checkpoint of a step if one is named."""
+    ranks = join(config.parallel, timeout_minutes=1)
+    engine = Engine(config, ranks)
+    if step is not None:
+        checkpoints = Checkpoints(Path(config.run_dir), keep=9)
+        manifest = checkpoints.choose(ranks, step=step)
+        check_coverage(manifest, engine.tensors())
+        fragments = [*engine.fragments(), *engine.buffers()]
+        load(checkpoints.path(step), manifest, fragments)
+        engine.finish_load(updates=step)
+    return engine, ranks
+
+
+def save(engine: Engine, ranks: Ranks, config: RunConfig, step: int) -> None:
+    checkpoints = Checkpoints(Path(config.run_dir), keep=9)
+    checkpoints.save(step, engine.fragments(), ranks=ranks, about=ABOUT)
+
+
+def state_of(engine: Engine) -> dict[str, Tensor]:
+    return {f"{part.name}@{part.start}": part.data.clone() for part in engine.fragments()}
+
+
+def config_of(folder: Path, choice: OptimizerConfig, *, ranks: int = 2, **layout: Any) -> RunConfig:
+    parallel = ParallelConfig(micro_batch_size=2, **layout)
+    config = tiny_run(folder, optimizer=choice, parallel=parallel)
+    check_run(config, num_ranks=ranks)
+    return config
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_resumed_run_equals_one_that_never_stopped(
+    tmp_path: Path, choice: str, zero_stage: int
+) -> None:
+    config = config_of(tmp_path, CHOICES[choice], expert=2, zero_stage=zero_stage)
+
+    def be_rank() -> None:
+        engine, ranks = start(config)
+        train_steps(engine, ranks, config, range(2))
+        save(engine, ranks, config, 2)
+        expected_losses = train_steps(engine, ranks, config, range(2, 4))
+        expected = state_of(engine)
+        again, _ = start(config, step=2)
+        assert train_steps(again, ranks, config, range(2, 4)) == expected_losses
+        got = state_of(again)
+        assert got.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(got[name], tensor), name
+            assert tensor.any(), f"{name} is still zero: nothing was compared"
+
+    run_ranks(2, be_rank)
+
+
+@pytest.mark.parametrize("before", Moments)
+@pytest.mark.parametrize("after", Moments)
+def test_moments_of_one_precision_load_into_another(
+    tmp_path: Path, before: Moments, after: Moments
+) -> None:
+    def be_rank() -> None:
+        saved = config_of(tmp_path, OptimizerConfig(moments=before), ranks=1)
+        engine, ranks = start(saved)
+        train_steps(engine, ranks, saved, range(1))
+        save(engine, ranks, saved, 1)
+        continued = config_of(tmp_path, OptimizerConfig(moments=after), ranks=1)
+        expected, got = state_of(engine), state_of(start(continued, step=1)[0])
+        for name, values in expected.items():
+            limits = {"rtol": 2**-8, "atol": 0}
+            torch.testing.assert_close(got[name].float(), values.float(), **limits, msg=name)
+
+    run_ranks(1, be_rank)
