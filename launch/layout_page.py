@@ -8,10 +8,11 @@ from data.config import StdlibData
 from model.config import MLAModelConfig
 from model.mla import MLAConfig
 from model.moe import MoEConfig
+from model.recompute import Recompute
 from model.router import RouterConfig
 from train.layout_rules import RULES, Layout, broken_rules, describe_value
 from train.optimizer import OptimizerConfig
-from train.parallel import ParallelConfig, Recompute
+from train.parallel import ParallelConfig
 from train.precision import Dtype, PrecisionConfig
 from train.schedule import ConstantSchedule
 
@@ -42,6 +43,7 @@ ZERO_STAGES = (1, 2)
 FEATURES = (
     Feature("expert parallel", {"parallel.expert": 2}),
     Feature("sequence parallel", {"parallel.sequence": 2}),
+    Feature("recompute, selective", {"parallel.recompute": Recompute.selective}),
     Feature("recompute, full", {"parallel.recompute": Recompute.full}),
     Feature("BF16", {"precision.dtype": Dtype.bf16}),
 )

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from model.recompute import rebuild
+
 
 @dataclass(slots=True, kw_only=True)
 class AttentionConfig:
@@ -60,7 +62,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tenso
     value_dim = value.shape[-1]
     if value.device.type == "cpu":
         # The CPU's flash kernel wants equal widths; without them torch takes the dense path.
-        value = F.pad(value, (0, query.shape[-1] - value_dim))
+        value = rebuild(F.pad, value, (0, query.shape[-1] - value_dim))
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     is_grouped = query.shape[1] != key.shape[1]
     mixed = F.scaled_dot_product_attention(

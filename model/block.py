@@ -16,6 +16,7 @@ from model.gqa import GQA, GQAConfig
 from model.mla import MLA, MLAConfig
 from model.moe import MoE
 from model.norm import RMSNorm
+from model.recompute import rebuild
 from model.rope import Rotation, softmax_temperature
 from model.sequences import Sequences
 
@@ -59,8 +60,9 @@ class Block(nn.Module):
         *,
         segments: list[int],
     ) -> BlockOutput:
-        x = x + self.attention(self.attention_norm(x), rotation, segments=segments)
-        inner = self.ffn_norm(x)
+        inner = rebuild(self.attention_norm, x)
+        x = x + self.attention(inner, rotation, segments=segments)
+        inner = rebuild(self.ffn_norm, x)
         if isinstance(self.ffn, MoE):
             out = self.ffn(inner, counted)
             return BlockOutput(x + out.hidden, out.load, out.balance_loss, out.group_balance_losses)

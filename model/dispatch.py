@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.recompute import rebuild
 from model.router import Routing
 
 
@@ -102,7 +103,7 @@ def permute(tokens: Float[Tensor, "T D"], routing: Routing, *, num_experts: int)
     chosen = routing.expert_ids.flatten()
     order = chosen.argsort(stable=True)
     counts = chosen.new_zeros(num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
-    rows: Tensor = _Gather.apply(tokens, order, routing.expert_ids.shape[1])
+    rows: Tensor = rebuild(_Gather.apply, tokens, order, routing.expert_ids.shape[1])
     return Permuted(rows, counts, order)
 
 

@@ -4,6 +4,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from model.recompute import rebuild
+
 
 class SwiGLU(nn.Module):
     """A gated feed-forward network: the dense layers' whole, the MoE layers' shared experts."""
@@ -15,4 +17,8 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(inner_dim, dim, bias=False)
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(rebuild(gate_product, self.gate(x), self.up(x)))
+
+
+def gate_product(gated: Tensor, upped: Tensor) -> Tensor:
+    return F.silu(gated) * upped

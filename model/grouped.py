@@ -11,6 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.ffn import gate_product
+from model.recompute import is_rebuilding, rebuild
+
 
 def grouped_swiglu(
     rows: Float[Tensor, "N D"],
@@ -29,11 +32,16 @@ def grouped_swiglu(
     """
     if rows.is_cuda and rows.dtype == torch.bfloat16:
         ends = torch.tensor(counts, device=rows.device).cumsum(0, dtype=torch.int32)
-        gated = F.grouped_mm(rows, gate.transpose(1, 2), offs=ends)
-        upped = F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
-        return F.grouped_mm(F.silu(gated) * upped, down.transpose(1, 2), offs=ends)
-    outputs: Tensor = _SwiGLULoop.apply(rows, gate, up, down, counts)
+        inner = rebuild(_grouped_gate_product, rows, gate, up, ends)
+        return F.grouped_mm(inner, down.transpose(1, 2), offs=ends)
+    outputs: Tensor = _SwiGLULoop.apply(rows, gate, up, down, counts, not is_rebuilding())
     return outputs
+
+
+def _grouped_gate_product(rows: Tensor, gate: Tensor, up: Tensor, ends: Tensor) -> Tensor:
+    gated = F.grouped_mm(rows, gate.transpose(1, 2), offs=ends)
+    upped = F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
+    return gate_product(gated, upped)
 
 
 class _SwiGLULoop(torch.autograd.Function):
@@ -41,29 +49,44 @@ class _SwiGLULoop(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: list[int]
+        ctx: Any,
+        rows: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        counts: list[int],
+        is_all_kept: bool,
     ) -> Tensor:
-        gated, upped = (rows.new_empty(rows.shape[0], gate.shape[1]) for _ in range(2))
+        num_kept = rows.shape[0] if is_all_kept else max(counts)
+        gated, upped = (rows.new_empty(num_kept, gate.shape[1]) for _ in range(2))
         outputs = torch.empty_like(rows)
-        of_experts = (tensor.split(counts) for tensor in (rows, gated, upped, outputs))
+        of_experts = (_runs(tensor, counts) for tensor in (rows, gated, upped, outputs))
         for x, g, u, y, w_gate, w_up, w_down in zip(*of_experts, gate, up, down, strict=True):
             torch.mm(x, w_gate.t(), out=g)
             torch.mm(x, w_up.t(), out=u)
             torch.mm(F.silu(g).mul_(u), w_down.t(), out=y)
-        ctx.save_for_backward(rows, gated, upped, gate, up, down)
+        inner = (gated, upped) if is_all_kept else ()
+        ctx.save_for_backward(rows, gate, up, down, *inner)
         ctx.counts = counts
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, gated, upped, *weights = ctx.saved_tensors
+        rows, gate, up, down, *inner = ctx.saved_tensors
+        weights = (gate, up, down)
+        is_all_kept = bool(inner)
+        if not is_all_kept:
+            inner = [rows.new_empty(max(ctx.counts), gate.shape[1]) for _ in range(2)]
         grad_rows = torch.empty_like(rows)
         grad_weights = [torch.empty_like(weight) for weight in weights]
-        of_experts = (tensor.split(ctx.counts) for tensor in (rows, gated, upped, grad, grad_rows))
+        of_experts = (_runs(tensor, ctx.counts) for tensor in (rows, *inner, grad, grad_rows))
         for x, g, u, dy, dx, w_gate, w_up, w_down, dw_gate, dw_up, dw_down in zip(
             *of_experts, *weights, *grad_weights, strict=True
         ):
+            if not is_all_kept:
+                torch.mm(x, w_gate.t(), out=g)
+                torch.mm(x, w_up.t(), out=u)
             activated = F.silu(g)
             torch.mm(dy.t(), activated * u, out=dw_down)
             d_inner = dy @ w_down
@@ -72,4 +95,11 @@ class _SwiGLULoop(torch.autograd.Function):
             torch.mm(dg.t(), x, out=dw_gate)
             torch.mm(du.t(), x, out=dw_up)
             torch.mm(dg, w_gate, out=dx).addmm_(du, w_up)
-        return grad_rows, *grad_weights, None
+        return grad_rows, *grad_weights, None, None
+
+
+def _runs(tensor: Tensor, counts: list[int]) -> list[Tensor]:
+    """Each expert's run of rows; of a buffer too short for all, the same rows for each."""
+    if tensor.shape[0] == sum(counts):
+        return list(tensor.split(counts))
+    return [tensor[:count] for count in counts]

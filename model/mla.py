@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from model.attention import AttentionConfig, hide_future
 from model.cache import Cache
 from model.norm import RMSNorm
+from model.recompute import rebuild
 from model.rope import Rotation, rotate_pairs
 from model.sequences import Sequences
 
@@ -82,18 +83,8 @@ class MLA(nn.Module):
         self, x: Float[Tensor, "B S D"], rotation: Rotation, *, segments: list[int]
     ) -> Float[Tensor, "B S D"]:
         """Training's form: keys and values of every head are rebuilt from the latent."""
-        q_nope, q_rope = self._queries(x, rotation)
-        latent, k_rope = self._latents(x, rotation)
-        rebuilt = self.kv_up(latent).unflatten(-1, (self.num_heads, -1))
-        k_nope, value = rebuilt.split((self.nope_head_dim, self.v_head_dim), dim=-1)
-        k_rope = k_rope.expand(-1, -1, self.num_heads, -1)
-        mixed = self.sequences.attend(
-            torch.cat((q_nope, q_rope), dim=-1),
-            torch.cat((k_nope, k_rope), dim=-1),
-            value,
-            scale=self.scale,
-            segments=segments,
-        )
+        query, key, value = rebuild(self._project_up, *self._project_down(x), rotation)
+        mixed = self.sequences.attend(query, key, value, scale=self.scale, segments=segments)
         return self.out(mixed.flatten(-2))
 
     def decode(
@@ -109,8 +100,9 @@ class MLA(nn.Module):
         The key's and value's up-projections are absorbed into the query and the output, so that
         no key or value of a past token is ever rebuilt. `hidden_keys` marks padding in the cache.
         """
-        q_nope, q_rope = self._queries(x, rotation)
-        latent, k_rope = self._latents(x, rotation)
+        q_down, kv_down = self._project_down(x)
+        q_nope, q_rope = self._queries(q_down, rotation)
+        latent, k_rope = self._latents(kv_down, rotation)
         latents, k_ropes = cache.extend(latent, k_rope[:, :, 0])  # [B, T, C], [B, T, R]
         up = self.kv_up.weight.unflatten(0, (self.num_heads, -1))
         key_up, value_up = up.split((self.nope_head_dim, self.v_head_dim), dim=1)
@@ -124,16 +116,32 @@ class MLA(nn.Module):
         mixed = torch.einsum("bhst,btc->bshc", weights, latents)
         return self.out(torch.einsum("bshc,hvc->bshv", mixed, value_up).flatten(-2))
 
-    def _queries(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    def _project_down(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What queries, and what keys and values, are made of: compressed, not yet normalised."""
+        return x if self.q_down is None else self.q_down(x), self.kv_down(x)
+
+    def _project_up(
+        self, q_down: Tensor, kv_down: Tensor, rotation: Rotation
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query and key [B, S, H, N + R] and value [B, S, H, V]."""
+        q_nope, q_rope = self._queries(q_down, rotation)
+        latent, k_rope = self._latents(kv_down, rotation)
+        up = self.kv_up(latent).unflatten(-1, (self.num_heads, -1))
+        k_nope, value = up.split((self.nope_head_dim, self.v_head_dim), dim=-1)
+        k_rope = k_rope.expand(-1, -1, self.num_heads, -1)
+        query = torch.cat((q_nope, q_rope), dim=-1)
+        return query, torch.cat((k_nope, k_rope), dim=-1), value
+
+    def _queries(self, q_down: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """Queries without [B, S, H, N] and with position [B, S, H, R]."""
-        hidden = x if self.q_down is None else self.q_norm(self.q_down(x))
+        hidden = q_down if self.q_down is None else self.q_norm(q_down)
         query = self.q_up(hidden).unflatten(-1, (self.num_heads, -1))
         q_nope, q_rope = query.split((self.nope_head_dim, self.rope_head_dim), dim=-1)
         return q_nope, rotate_pairs(q_rope, rotation)
 
-    def _latents(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    def _latents(self, kv_down: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """The normalised latent [B, S, C] and the key part shared by all heads [B, S, 1, R]."""
-        latent, k_rope = self.kv_down(x).split((self.kv_lora_rank, self.rope_head_dim), dim=-1)
+        latent, k_rope = kv_down.split((self.kv_lora_rank, self.rope_head_dim), dim=-1)
         return self.kv_norm(latent), rotate_pairs(k_rope.unsqueeze(2), rotation)
 
 

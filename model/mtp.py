@@ -14,6 +14,7 @@ from model.cache import Cache
 from model.config import ModelConfig
 from model.loss import IGNORED
 from model.norm import RMSNorm
+from model.recompute import rebuild
 from model.rope import Rotation
 from model.sequences import Sequences
 
@@ -71,7 +72,10 @@ class MTP(nn.Module):
         return self.norm(self.block.decode(joined, rotation, cache, hidden_keys=hidden_keys))
 
     def _join(self, hidden: Tensor, ahead: Tensor) -> Tensor:
-        return self.project(torch.cat((self.embed_norm(ahead), self.hidden_norm(hidden)), dim=-1))
+        return self.project(rebuild(self._norm_both, hidden, ahead))
+
+    def _norm_both(self, hidden: Tensor, ahead: Tensor) -> Tensor:
+        return torch.cat((self.embed_norm(ahead), self.hidden_norm(hidden)), dim=-1)
 
 
 def shift_back(x: Tensor, depth: int) -> Tensor:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from model.recompute import rebuild
+
 
 class Score(StrEnum):
     sigmoid = "sigmoid"
@@ -68,7 +70,7 @@ class Router(nn.Module):
         self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32))
 
     def forward(self, x: Float[Tensor, "T D"]) -> Routing:
-        logits = F.linear(x.float(), self.weight.float())
+        logits = F.linear(rebuild(Tensor.float, x), self.weight.float())
         is_sigmoid = self.config.score is Score.sigmoid
         scores = logits.sigmoid() if is_sigmoid else logits.softmax(dim=-1)
         return route(scores, self.bias, config=self.config, top_k=self.top_k)

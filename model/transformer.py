@@ -10,7 +10,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.block import Block
 from model.cache import Cache
@@ -18,6 +17,7 @@ from model.config import ModelConfig
 from model.loss import summed_cross_entropy
 from model.mtp import MTP, shift_back, shift_targets
 from model.norm import RMSNorm
+from model.recompute import Recompute, recomputed
 from model.rope import Rotation, rotation
 from model.router import Router
 from model.sequences import Sequences, WholeSequences
@@ -42,7 +42,7 @@ class Transformer(nn.Module):
         *,
         expert_group: dist.ProcessGroup | None = None,
         sequences: Sequences | None = None,
-        recompute: bool = False,
+        recompute: Recompute = Recompute.none,
     ) -> None:
         """Weights mean nothing yet: `model.init.initialise` or a checkpoint fills them."""
         super().__init__()
@@ -92,10 +92,7 @@ class Transformer(nn.Module):
 
         def run(block: nn.Module, *inputs: Tensor, counted: Tensor) -> Tensor:
             arguments = (*inputs, turn, counted)
-            if self.recompute and torch.is_grad_enabled():
-                out = checkpoint(block, *arguments, segments=segments, use_reentrant=False)
-            else:
-                out = block(*arguments, segments=segments)
+            out = recomputed(block, mode=self.recompute)(*arguments, segments=segments)
             if out.load is not None:
                 loads.append(out.load)
                 balance_losses.append(out.balance_loss)

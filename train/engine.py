@@ -31,7 +31,7 @@ from train.config import RunConfig
 from train.deepspeed_config import deepspeed_config
 from train.manifest import Fragment
 from train.optimizer import build_optimizer, parameter_groups
-from train.parallel import ParallelConfig, Recompute
+from train.parallel import ParallelConfig
 from train.precision import Dtype
 from train.ranks import Ranks, connect, read_device
 from train.sequences import cut
@@ -87,7 +87,7 @@ class Engine:
             config.model,
             expert_group=expert_group,
             sequences=sequences,
-            recompute=parallel.recompute is Recompute.full,
+            recompute=parallel.recompute,
         )
         initialise(model, seed=config.seed, std=config.model.init_std)
         self._first_experts = first_experts(model)

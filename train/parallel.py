@@ -1,14 +1,8 @@
 """How a run is laid out over ranks. What combines with what: `train/layout_rules.py`."""
 
 from dataclasses import dataclass
-from enum import StrEnum
 
-
-class Recompute(StrEnum):
-    """Activations kept for the backward pass: all of them, or only each block's input."""
-
-    none = "none"
-    full = "full"
+from model.recompute import Recompute
 
 
 @dataclass(slots=True, kw_only=True)
@@ -21,7 +15,8 @@ class ParallelConfig:
     zero_stage: int = 1
     #: Sequences in one forward pass of one rank; accumulation follows from the batch size.
     micro_batch_size: int
-    #: What the backward pass computes again to save memory.
+    #: What the backward pass computes again to save memory: norms, up-projections, SwiGLU and the
+    #: experts' inside (selective), or whole blocks (full).
     recompute: Recompute = Recompute.none
     #: Gradient elements per reduction; larger is faster and takes more memory.
     reduce_bucket_size: int = 50_000_000

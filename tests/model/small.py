@@ -11,6 +11,7 @@ from model.init import initialise
 from model.loss import IGNORED
 from model.mla import MLAConfig
 from model.moe import MoEConfig
+from model.recompute import Recompute
 from model.router import RouterConfig
 from model.transformer import Transformer
 
@@ -37,7 +38,7 @@ def small_config(*, mtp_depth: int = 0) -> ModelConfig:
 def small_model(
     config: ModelConfig,
     *,
-    recompute: bool = False,
+    recompute: Recompute = Recompute.none,
     expert_group: dist.ProcessGroup | None = None,
 ) -> Transformer:
     """Large weights, so that nothing is nearly linear."""

@@ -2,7 +2,6 @@
 
 from itertools import chain
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -39,20 +38,6 @@ def test_splitting_a_batch_adds_up_to_the_whole() -> None:
     bottom = model(*(tensor[1:] for tensor in batch), segments=[9])
     for name, all_of_it, *parts in zip(Sums._fields, whole, top, bottom, strict=True):
         torch.testing.assert_close(all_of_it, parts[0] + parts[1], msg=name)
-
-
-@pytest.mark.parametrize("mtp_depth", [0, 2])
-def test_recompute_changes_no_bit_of_loss_gradients_or_load(mtp_depth: int) -> None:
-    config = small_config(mtp_depth=mtp_depth)
-    batch, segments = packed_batch([[4, 5], [9]]), [4, 5, 9]
-    results = []
-    for recompute in (False, True):
-        model = small_model(config, recompute=recompute)
-        sums = model(*batch, segments=segments)
-        _total(sums).backward()
-        results.append((*sums, *(parameter.grad for parameter in model.parameters())))
-    for plain, recomputed in zip(*results, strict=True):
-        assert torch.equal(plain, recomputed)
 
 
 def test_padding_adds_to_no_sum() -> None:

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from model.moe import MoEConfig
+from model.recompute import Recompute
 from model.router import RouterConfig
 from tests.train.tiny import tiny_model
 from tests.train.trained import STEPS, Trained, assert_same_training, train_layout
-from train.parallel import Recompute
 from train.precision import Dtype
 
 
@@ -30,6 +30,7 @@ LAYOUTS = [
     (2, {"accumulation": 4, "recompute": Recompute.full}),
     (2, {"expert": 2}),
     (2, {"expert": 2, "recompute": Recompute.full}),
+    (2, {"expert": 2, "recompute": Recompute.selective, "accumulation": 2}),
     (2, {"expert": 2, "accumulation": 4}),
     (2, {"expert": 2, "accumulation": 4, "recompute": Recompute.full}),
     (2, {"expert": 2, "accumulation": 2, "zero_stage": 2}),
