@@ -4,6 +4,7 @@ D model width, H heads, K a head's query and key, V its value, C and Q the laten
 query, R a head's part with position, F an inner width, E experts, k experts per token.
 """
 
+from model.attention import AttentionConfig
 from model.config import ModelConfig
 from model.gqa import GQAConfig
 from model.mla import MLAConfig
@@ -30,10 +31,11 @@ def kept_per_token(config: ModelConfig, *, is_dense: bool, recompute: Recompute)
     return residuals + norms + attention + _moe(config.moe, config.dim, is_all_kept=is_all_kept)
 
 
-def _attention(config: MLAConfig | GQAConfig, *, is_all_kept: bool) -> int:
+def _attention(config: AttentionConfig, *, is_all_kept: bool) -> int:
     heads = config.num_heads
     if isinstance(config, GQAConfig):  # queries, keys and values come from products of full width
         return 2 * heads * config.head_dim + 2 * config.num_kv_heads * config.head_dim + heads
+    assert isinstance(config, MLAConfig), "the kinds are two"
     width = config.nope_head_dim + config.rope_head_dim
     down = (config.q_lora_rank or 0) + config.kv_lora_rank + config.rope_head_dim
     mixed = heads * (width + 1)  # the result of attention and its normaliser

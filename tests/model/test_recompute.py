@@ -16,6 +16,7 @@ from model.init import initialise
 from model.memory import kept_per_token
 from model.recompute import Recompute, rebuild, rebuilding, recomputed
 from model.rope import rotation
+from model.sequences import WholeSequences
 from tests.live_bytes import LiveBytes
 from tests.model.small import packed_batch, small_config, small_model
 from tests.ranks import ranks
@@ -90,7 +91,7 @@ def test_selective_recompute_exchanges_rows_as_often_as_none() -> None:
 
 def bytes_kept(config: ModelConfig, mode: Recompute, *, is_dense: bool, seq_len: int) -> int:
     """What stays allocated between a block's forward and backward pass, its input included."""
-    block = Block(config, is_dense=is_dense, expert_group=None)
+    block = Block(config, is_dense=is_dense, expert_group=None, sequences=WholeSequences())
     initialise(block, seed=1, std=0.4)
     positions = torch.arange(seq_len)[None]
     turn = rotation(config.rope, positions, dim=config.attention.rotated_dim)

@@ -10,6 +10,7 @@ from model.config import GQAModelConfig, ModelConfig, MTPConfig
 from model.gqa import GQAConfig
 from model.mla import MLAConfig
 from model.moe import MoEConfig
+from model.recompute import Recompute
 from model.router import RouterConfig
 from tests.ranks import run_ranks
 from tests.train.tiny import random_batches, tiny_model, tiny_run
@@ -18,7 +19,7 @@ from train.config import check_run
 from train.engine import join
 from train.journal import read_records
 from train.loop import train
-from train.parallel import ParallelConfig, Recompute
+from train.parallel import ParallelConfig
 from train.sequences import cut
 
 
