@@ -23,7 +23,7 @@ OPTIONS = sorted(
 CHOSEN = {"data=files": ["data.paths=[a.txt]"], "data=hub": ["data.name=a/b"]}
 # Experiments that continue another run.
 CONTINUED = {"recipe_coder_v2", "recipe_coder_v2_lite"} | {
-    name for name in EXPERIMENTS if name.startswith("extend_")
+    name for name in EXPERIMENTS if name.startswith(("extend_", "recipe_r1"))
 }
 
 
@@ -138,8 +138,48 @@ def step_at(name: str, tokens: float) -> int:
     return bisect_right(steps, tokens, key=lambda step: tokens_before(name, step)) - 1
 
 
+class Tuned(NamedTuple):
+    """What R1's paper says of a fine-tuning (arXiv:2501.12948 v2, B.4.2, B.4.3, tables 5 and 6)."""
+
+    peak_lr: float
+    batch_size: int
+
+
+TUNED = {
+    "recipe_r1": Tuned(5e-5, 128),
+    "recipe_r1_distill_qwen_1b5": Tuned(1e-4, 64),
+    "recipe_r1_distill_qwen_7b": Tuned(8e-5, 64),
+    "recipe_r1_distill_qwen_14b": Tuned(7e-5, 64),
+    "recipe_r1_distill_qwen_32b": Tuned(6e-5, 64),
+    "recipe_r1_distill_llama_8b": Tuned(5e-5, 64),
+    "recipe_r1_distill_llama_70b": Tuned(2e-5, 64),
+}
+SAMPLES, TOKENS_PER_SAMPLE = 804_745, 5_355.3
+
+
 def test_every_recipe_is_compared_with_its_paper() -> None:
-    assert {name for name in EXPERIMENTS if name.startswith("recipe_")} == RECIPES.keys()
+    recipes = {name for name in EXPERIMENTS if name.startswith("recipe_")}
+    assert recipes == RECIPES.keys() | TUNED.keys()
+
+
+def test_every_published_preset_has_a_recipe() -> None:
+    models = {path.stem for path in (CONFIGS / "model").glob("*.yaml")}
+    small = {"demo", "tiny"} | {name for name in models if name.startswith("moe_")}
+    assert {f"recipe_{name}" for name in models - small} == RECIPES.keys() | TUNED.keys()
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_a_fine_tuning_has_the_published_rate_batch_and_length(name: str) -> None:
+    published, config = TUNED[name], experiment(name)
+    schedule = config.schedule
+    assert config.data.seq_len == 32768
+    assert schedule.batch_size == published.batch_size
+    assert learning_rate(schedule, 0) == published.peak_lr
+    last = learning_rate(schedule, schedule.steps - 1)
+    assert last == pytest.approx(published.peak_lr / 10, rel=1e-4)
+    epochs = tokens_before(name, schedule.steps) / (SAMPLES * TOKENS_PER_SAMPLE)
+    assert epochs == pytest.approx(2, rel=1e-3)
+    assert config.model == compose(f"model={name.removeprefix('recipe_')}").model
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -194,6 +234,37 @@ def test_v3s_extension_has_the_published_phases() -> None:
         assert (rope.scaling, rope.factor, rope.original_seq_len) == ("yarn", 40, 4096)
         assert (rope.beta_fast, rope.beta_slow) == (32, 1)
         assert seq_len <= rope.factor * rope.original_seq_len
+
+
+@pytest.mark.parametrize(
+    ("name", "batches"),
+    [
+        ("extend_v2_32k", {32 * 1024: 576}),
+        ("extend_coder_v2_32k", {32 * 1024: 1152}),
+        ("extend_coder_v2_128k", {128 * 1024: 288}),
+    ],
+)
+def test_v2s_extensions_have_the_published_batches_and_yarn(
+    name: str, batches: dict[int, int]
+) -> None:
+    config = experiment(name)  # arXiv:2405.04434, 3.1.4; arXiv:2406.11931, 3.4
+    rope = config.model.rope
+    assert {config.data.seq_len: config.schedule.batch_size} == batches
+    assert config.schedule.steps == 1000
+    assert (rope.scaling, rope.factor, rope.beta_fast, rope.beta_slow) == ("yarn", 40, 32, 1)
+    assert 0.1 * rope.mscale == pytest.approx(0.0707)
+
+
+def test_v2s_balance_losses_have_the_published_weights() -> None:
+    moe = experiment("recipe_v2").model.moe  # arXiv:2405.04434, 3.1.2
+    assert moe is not None
+    assert moe.balance_loss_weight == 0.003
+    assert moe.device_balance_loss_weight == 0.05
+    assert moe.communication_balance_loss_weight == 0.02
+    assert (moe.router.num_groups, moe.router.top_groups) == (8, 3)
+    lite = experiment("recipe_v2_lite").model.moe
+    assert lite is not None
+    assert (lite.balance_loss_weight, lite.has_group_balance_losses) == (0.001, False)
 
 
 def test_an_experiments_model_can_be_exchanged() -> None:

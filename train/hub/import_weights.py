@@ -23,7 +23,7 @@ from train.checkpoint import PARTIAL, Checkpoints
 from train.config import CONFIG_FILE, RunConfig
 from train.hub.config import FILE, HubConfig, from_hub_config, read_hub_config
 from train.hub.folder import HubFolder
-from train.hub.names import Family, HubTensor, hub_tensors
+from train.hub.names import MODEL, Family, HubTensor, hub_tensors
 from train.manifest import Manifest, Part, Piece, StoredTensor, merge_runs, write_manifest
 from train.progress import Progress
 from train.tensor_file import BLOCK_BYTES, sync_folder
@@ -94,7 +94,10 @@ def import_weights(published: Path, config: RunConfig) -> Imported:
             f"model in {published} {config.model.vocab_size}; give the model's own tokenizer"
         )
     folder = HubFolder(published)
-    tensors = hub_tensors(config.model, Family(read_hub_config(published)["model_type"]))
+    values = read_hub_config(published)
+    tensors = hub_tensors(config.model, Family(values["model_type"]))
+    if values.get("tie_word_embeddings", False) and not config.model.tie_embedding:
+        tensors = _untie(tensors)
     folder.check_coverage(tensors)
     _check_copies(folder, tensors)
 
@@ -116,7 +119,13 @@ def import_weights(published: Path, config: RunConfig) -> Imported:
     partial.rename(checkpoints.path(0))
     sync_folder(checkpoints.folder)
     sizes = [torch.Size(t.shape).numel() for t in tensors if not (t.is_copy or t.is_bias)]
-    return Imported(checkpoints.path(0), len(tensors), sum(sizes))
+    return Imported(checkpoints.path(0), len({t.name for t in tensors}), sum(sizes))
+
+
+def _untie(tensors: list[HubTensor]) -> list[HubTensor]:
+    """The tensors of a folder without a head for a model with one: it starts as the embedding."""
+    head, embedding = (f"{MODEL[module]}.weight" for module in ("head", "embed"))
+    return [t._replace(name=embedding) if t.name == head else t for t in tensors]
 
 
 def _has_mtp(published: Path, values: HubConfig) -> bool:

@@ -12,7 +12,7 @@ import transformers
 from data.tokenizer import load_tokenizer
 from launch import cli
 from tests.command import thrifty
-from tests.train.hub.families import GROUPED, moe
+from tests.train.hub.families import FAMILIES, GROUPED, moe
 from tests.train.random_run import random_run
 from tests.train.tiny import tiny_model, tiny_run
 from train.hub.config import to_hub_config
@@ -86,6 +86,41 @@ def test_a_published_model_is_imported_trained_exported_and_served(
 
     assert run(monkeypatch, "export", "run_dir=run", "out=hub") == 2
     assert "out=hub is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_student_s_recipe_fine_tunes_an_imported_model(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = FAMILIES["qwen2"]
+    base = random_run(tmp_path / "base", corpus, model=model)
+    assert run(monkeypatch, "export", f"run_dir={base.run_dir}", "out=hub", "gate=false") == 0
+    texts = ["data=files", f"data.paths=[{Path(__file__).parents[1]}/*.py]"]
+    imported = ["import", "from=hub", "run_dir=imported", *texts, "model.tie_embedding=false"]
+    assert run(monkeypatch, *imported) == 0, capsys.readouterr().err
+    sizes = [
+        *(f"model.{key}={getattr(model, key)}" for key in ("vocab_size", "dim", "num_layers")),
+        *(f"model.num_dense_layers={model.num_layers}", f"model.ffn_dim={model.ffn_dim}"),
+        *("model.attention.num_heads=4", "model.attention.num_kv_heads=2"),
+        *("model.attention.head_dim=12", "model.norm_eps=1e-5", "model.rope.theta=1e6"),
+    ]
+    code, output = thrifty(
+        *("train", "experiment=recipe_r1_distill_qwen_1b5", "init_from=imported"),
+        *("run_dir=student", *texts, *sizes, "precision=fp32", "logging.every=1"),
+        *("data.tokenizer.path=imported/published/tokenizer.json", "data.folder=corpus"),
+        *("data.seq_len=16", "data.validation_fraction=0.3", "data.processes=1"),
+        *("schedule.steps=2", "schedule.batch_size=4", "evaluation.max_sequences=8"),
+        cwd=tmp_path,
+    )
+    assert code == 0, output
+    records = [json.loads(line) for line in Path("student/metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if record["event"] == "step"]
+    assert steps[0]["lr"] == 1e-4
+    assert "starting from the weights in imported/checkpoints/step-00000000" in output
 
 
 def test_a_failed_gate_leaves_the_folder_and_says_what_differs(

@@ -104,6 +104,24 @@ def test_ours_to_the_hub_and_back_is_bit_equal(name: str, corpus: Path, tmp_path
     assert imported.parameters == sum(tensor.numel() for tensor in weights.values())
 
 
+def test_a_tied_model_can_be_untied_at_import(corpus: Path, tmp_path: Path) -> None:
+    run = random_run(tmp_path / "before", corpus, model=FAMILIES["qwen2"])
+    out = tmp_path / "hub"
+    export(ExportConfig(run_dir=run.run_dir, out=str(out), dtype=HubDtype.fp32, gate=False))
+    config = importing(out, tmp_path / "after", corpus)
+    assert config.model.tie_embedding
+    config.model.tie_embedding = False  # as R1's smallest student is to its base
+    imported = import_weights(out, config)
+    before = read_all(open_checkpoint(Path(run.run_dir), step=7))
+    after = read_all(open_checkpoint(Path(config.run_dir), step=0))
+    assert torch.equal(after["weight/head.weight"], before["weight/embed.weight"])
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+    assert imported.parameters == sum(
+        tensor.numel() for name, tensor in after.items() if name.startswith("weight/")
+    )
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_a_model_that_transformers_made_computes_the_same_here(
