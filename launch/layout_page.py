@@ -12,7 +12,7 @@ from model.recompute import Recompute
 from model.router import RouterConfig
 from train.layout_rules import RULES, Layout, broken_rules, describe_value
 from train.optimizer import OptimizerConfig
-from train.parallel import ParallelConfig
+from train.parallel import ZERO_STAGES, ParallelConfig
 from train.precision import Dtype, PrecisionConfig
 from train.schedule import ConstantSchedule
 
@@ -37,8 +37,6 @@ class Feature(NamedTuple):
     name: str
     settings: dict[str, Any]
 
-
-ZERO_STAGES = (1, 2)
 
 FEATURES = (
     Feature("expert parallel", {"parallel.expert": 2}),

@@ -1,14 +1,16 @@
-"""The DeepSpeed engine around the model: the only module that imports deepspeed.
+"""The engine around the model: the only module that imports deepspeed.
 
 It builds the model on its ranks, tells DeepSpeed which parameters are experts, and gives the
-loop four verbs (`forward`, `backward`, `step`, `fragments`). What is particular to DeepSpeed
-0.19.8 is here, with its reasons.
+loop four verbs (`forward`, `backward`, `step`, `fragments`). How weights, gradients and moments
+are kept depends on the ZeRO stage: `train/sharding.py`. What is particular to DeepSpeed 0.19.8
+is here and in `train/partitions.py`, with its reasons.
 """
 
 import datetime
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from contextlib import nullcontext
+from typing import Any
 
 import deepspeed
 import deepspeed.ops
@@ -34,7 +36,10 @@ from train.optimizer import build_optimizer, parameter_groups
 from train.parallel import ParallelConfig
 from train.precision import Dtype
 from train.ranks import Ranks, connect, read_device
+from train.replicated import Replicated
 from train.sequences import cut
+from train.sharded import Sharded
+from train.sharding import Sharding, StepResult
 
 # The op for shared-memory collectives on the CPU is compiled at start-up (a minute, and a
 # compiler is needed); gloo does without it.
@@ -42,11 +47,6 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 # DeepSpeed lets only optimizers that it knows run under ZeRO. Ours is element by element.
 ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
-
-
-class StepResult(NamedTuple):
-    is_applied: bool  # False where gradients were not finite and the step was skipped
-    grad_norm: float  # before clipping; over all parameters and experts of all ranks
 
 
 def join(config: ParallelConfig, *, timeout_minutes: float) -> Ranks:
@@ -75,38 +75,30 @@ class Engine:
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.ranks = ranks
         parallel = config.parallel
-        group_name = f"ep_size_{parallel.expert}"
         expert_group = None
         if parallel.expert > 1:
-            expert_group = groups._get_expert_parallel_group(group_name)
+            expert_group = groups._get_expert_parallel_group(_group_name(parallel))
         sequences = None
         if ranks.sequence_group is not None:
             sequences = UlyssesSequences(ranks.sequence_group)
         self._look_ahead = config.model.mtp.depth
-        model = Transformer(
-            config.model,
-            expert_group=expert_group,
-            sequences=sequences,
-            recompute=parallel.recompute,
-        )
-        initialise(model, seed=config.seed, std=config.model.init_std)
+        # Under ZeRO 3 no rank ever holds the whole model: weights are made and cut one by one.
+        is_cut_at_birth = parallel.zero_stage == 3
+        with torch.device("meta") if is_cut_at_birth else nullcontext():
+            model = Transformer(
+                config.model,
+                expert_group=expert_group,
+                sequences=sequences,
+                recompute=parallel.recompute,
+            )
+        self.model = model
         self._first_experts = first_experts(model)
         self._num_experts = config.model.moe.num_experts if config.model.moe else 0
-
-        param_groups = parameter_groups(model, config.optimizer)
-        if expert_group is not None:
-            _register_experts(model, ep_size=parallel.expert, group_name=group_name)
-            param_groups = split_params_into_different_moe_groups_for_optimizer(param_groups)
-            param_groups = [group for group in param_groups if group["params"]]
-        self._optimizer = build_optimizer(param_groups, config.optimizer)
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self._optimizer, config=deepspeed_config(config)
-        )
-        self._zero = self._engine.optimizer
-        self.model: Transformer = self._engine.module
-        for flat in self._flat_parts():  # before the first step, so that it can be loaded into
-            self._optimizer.start(flat)
-        if config.precision.dtype is not Dtype.fp32:
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self._optimizer, self._sharding = self._shard(config)
+        for master in self._sharding.masters():  # before the first step, so that it can be loaded
+            self._optimizer.start(master)
+        if config.precision.dtype is not Dtype.fp32 and parallel.zero_stage > 0:
             self._restore_masters(config)
 
     def forward(self, batch: Batch) -> Sums:
@@ -118,7 +110,7 @@ class Engine:
             parts=self.ranks.ranks_per_replica,
             ahead=self._look_ahead,
         )
-        sums: Sums = self._engine(
+        sums: Sums = self._sharding.forward(
             batch.tokens.to(device, non_blocking=True),
             batch.targets.to(device, non_blocking=True),
             batch.positions.to(device, non_blocking=True),
@@ -130,18 +122,13 @@ class Engine:
     def backward(self, share_of_loss: Tensor, *, is_last: bool) -> None:
         """Accumulate the gradients of this rank's share; on the step's last call, reduce them.
 
-        The shares of all ranks and micro-batches add up to the loss. (DeepSpeed averages over
-        ranks, so the share is multiplied by their number here.)
+        The shares of all ranks and micro-batches add up to the loss.
         """
-        self._engine.set_gradient_accumulation_boundary(is_last)
-        self._engine.backward(share_of_loss * self.ranks.count, scale_wrt_gas=False)
+        self._sharding.backward(share_of_loss, is_last=is_last)
 
     def step(self, lr: float) -> StepResult:
         """Clip and update, or skip the step if a gradient anywhere is not finite."""
-        for group in self._zero.param_groups:
-            group["lr"] = lr
-        self._engine.step()
-        return StepResult(not self._zero.overflow, float(self._engine.get_global_grad_norm()))
+        return self._sharding.step(lr)
 
     def gradients(self) -> Iterator[Fragment]:
         """Between a step's last `backward` and its `step`: the gradients that this rank owns.
@@ -149,17 +136,10 @@ class Engine:
         Reduced over ranks, not clipped, as they would add up in one process; under the names of
         the parameters. Every element is owned by exactly one rank.
         """
-        parameters: Iterator[tuple[str, Any]] = self.model.named_parameters()
-        for name, parameter in parameters:
-            mapping = _partition(parameter)
-            if mapping is None:
-                continue
-            shape, start = self._logical_place(name, parameter)
-            first, count = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-            own = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
-            if own.numel() == parameter.numel():  # ZeRO keeps all of it, though it owns a part
-                own = own.narrow(0, first, count)
-            yield Fragment(f"gradient/{name}", shape, start + first, own)
+        for name, start, kept in self._sharding.gradients():
+            shape, first = self._logical_place(name)
+            for kind, data in kept.items():
+                yield Fragment(f"{kind}/{name}", shape, first + start, data)
 
     def fragments(self) -> Iterator[Fragment]:
         """All state that this rank owns, as live storage under logical names.
@@ -167,16 +147,10 @@ class Engine:
         Master weights, the optimizer's moments, and (on the first rank) the routers' biases. Every
         element is owned by exactly one rank.
         """
-        for name, parameter in self.model.named_parameters():
-            mapping = _partition(parameter)
-            if mapping is None:
-                continue
-            shape, start = self._logical_place(name, parameter)
-            start += mapping.lp_fragment_address.start
-            master = mapping.get_hp_fragment().detach()
-            yield Fragment(f"weight/{name}", shape, start, master)
-            for kind, values in self._moments(mapping):
-                yield Fragment(f"{kind}/{name}", shape, start, values)
+        for name, start, states in self._sharding.stretches():
+            shape, first = self._logical_place(name)
+            for kind, data in states.items():
+                yield Fragment(f"{kind}/{name}", shape, first + start, data)
         if self.ranks.is_first:
             for name, buffer in self.model.named_buffers():
                 yield Fragment(f"buffer/{name}", tuple(buffer.shape), 0, buffer.flatten())
@@ -189,56 +163,108 @@ class Engine:
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every logical tensor of the state, whoever owns it."""
         shapes = {}
-        for name, parameter in self.model.named_parameters():
+        for name in self._shapes:
             for kind in ("weight", *MOMENTS):
-                shapes[f"{kind}/{name}"] = self._logical_place(name, parameter)[0]
+                shapes[f"{kind}/{name}"] = self._logical_place(name)[0]
         for name, buffer in self.model.named_buffers():
             shapes[f"buffer/{name}"] = tuple(buffer.shape)
         return shapes
 
     def finish_load(self, *, updates: int) -> None:
         """Take over what was written into `fragments()`, and how many updates made it."""
+        self._sharding.take_over()
         self._optimizer.finish_load(updates=updates)
-        self._zero.update_lp_params()
 
-    def _logical_place(self, name: str, parameter: nn.Parameter) -> tuple[tuple[int, ...], int]:
+    def _logical_place(self, name: str) -> tuple[tuple[int, ...], int]:
         """Logical shape, and where this rank's part of the tensor begins in it."""
+        shape = self._shapes[name]
         first = self._first_experts.get(name)
         if first is None:
-            return tuple(parameter.shape), 0
-        per_expert = parameter[0].numel()
-        return (self._num_experts, *parameter.shape[1:]), first * per_expert
+            return tuple(shape), 0
+        return (self._num_experts, *shape[1:]), first * shape[1:].numel()
 
-    def _flat_parts(self) -> list[Tensor]:
-        """This rank's part of each parameter group, which is all that the optimizer sees."""
-        return [group["params"][0] for group in self._optimizer.param_groups]
+    def _shard(self, config: RunConfig) -> tuple[AdamW, Sharding]:
+        """The optimizer over this rank's masters, and who keeps them."""
+        model, parallel = self.model, config.parallel
+        param_groups = parameter_groups(model, config.optimizer)
+        if parallel.zero_stage != 3:
+            initialise(model, seed=config.seed, std=config.model.init_std)
+        if parallel.zero_stage == 0:
+            replicated = self._replicate(param_groups, config)
+            return replicated.optimizer, replicated
+        if parallel.expert > 1:
+            _register_experts(model, ep_size=parallel.expert, group_name=_group_name(parallel))
+        if parallel.zero_stage == 3:
+            self._cut(param_groups, config)
+        if parallel.expert > 1:
+            param_groups = split_params_into_different_moe_groups_for_optimizer(param_groups)
+            param_groups = [group for group in param_groups if group["params"]]
+        optimizer = build_optimizer(param_groups, config.optimizer)
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(config)
+        )
+        return optimizer, Sharded(engine, optimizer, num_ranks=self.ranks.count)
 
-    def _moments(self, mapping: Any) -> Iterator[tuple[str, Tensor]]:
-        """What the optimizer keeps for this rank's part of a parameter, as storage to be filled."""
-        flat, place = self._flat_parts()[mapping.param_group_index], mapping.hp_fragment_address
-        for kind, values in self._optimizer.open_state(flat).items():
-            yield kind, values.narrow(0, place.start, place.numel)
+    def _replicate(self, param_groups: list[dict[str, Any]], config: RunConfig) -> Replicated:
+        expert_group = expert_copies = None
+        if config.parallel.expert > 1:
+            expert_group = groups._get_expert_parallel_group(_group_name(config.parallel))
+            expert_copies = groups._get_expert_data_parallel_group(_group_name(config.parallel))
+        return Replicated(
+            self.model.to(self.ranks.device),
+            param_groups,
+            build=lambda of_masters: build_optimizer(of_masters, config.optimizer),
+            dtype=config.precision.dtype.torch,
+            clip_norm=config.optimizer.clip_norm,
+            bucket_size=config.parallel.reduce_bucket_size,
+            expert_names=frozenset(self._first_experts),
+            expert_group=expert_group,
+            expert_copies=expert_copies,
+        )
 
+    @torch.no_grad()
+    def _cut(self, param_groups: list[dict[str, Any]], config: RunConfig) -> None:
+        """Give the model of the meta device its weights, of which each rank keeps its part.
+
+        DeepSpeed's `zero.Init` as a context would do it too, but rounds buffers, changes
+        `F.linear` for the process and leaves the values open.
+        """
+        cutter = deepspeed.zero.Init(
+            config_dict_or_path=deepspeed_config(config), dtype=config.precision.dtype.torch
+        )
+        head = self.model.head_weight
+        born: dict[int, nn.Parameter] = {}
+        for prefix, module in self.model.named_modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = torch.zeros_like(buffer, device=self.ranks.device)
+            for name, empty in module.named_parameters(recurse=False):
+                full_name = f"{prefix}.{name}" if prefix else name
+                value = self._initial_value(full_name, config).to(config.precision.dtype.torch)
+                parameter: Any = nn.Parameter(value.to(self.ranks.device))
+                parameter.__dict__.update(empty.__dict__)  # the tags of experts
+                module._parameters[name] = born[id(empty)] = parameter
+                cutter._convert_to_deepspeed_param(parameter)
+                parameter.partition()
+        for group in param_groups:
+            group["params"] = [born[id(empty)] for empty in group["params"]]
+        # The head's matrix is used outside the module that holds it, by the model's own forward.
+        deepspeed.zero.register_external_parameter(self.model, born[id(head)])
+
+    @torch.no_grad()
     def _restore_masters(self, config: RunConfig) -> None:
         """Give the masters their fp32 initial values: DeepSpeed rounded the model first."""
-        for name, parameter in self.model.named_parameters():
-            mapping = _partition(parameter)
-            if mapping is None:
-                continue
-            value = initial_value(
-                name,
-                parameter.shape,
-                seed=config.seed,
-                std=config.model.init_std,
-                first_expert=self._first_experts.get(name),
-            )
-            start, master = mapping.lp_fragment_address.start, mapping.get_hp_fragment().detach()
-            master.copy_(value.flatten()[start : start + master.numel()])
+        for name, start, states in self._sharding.stretches():
+            value = self._initial_value(name, config).flatten()
+            states["weight"].copy_(value[start : start + states["weight"].numel()])
 
-
-def _partition(parameter: Any) -> Any:
-    """Where this rank's part of a parameter lies in ZeRO's flat partitions; None if it has none."""
-    return parameter._hp_mapping
+    def _initial_value(self, name: str, config: RunConfig) -> Tensor:
+        return initial_value(
+            name,
+            self._shapes[name],
+            seed=config.seed,
+            std=config.model.init_std,
+            first_expert=self._first_experts.get(name),
+        )
 
 
 class UlyssesSequences:
@@ -291,10 +317,18 @@ def _register_experts(model: Transformer, *, ep_size: int, group_name: str) -> N
                 "allreduce": False,
                 "group_name": group_name,
                 "ds_zero_partition_group_name": group_name,
+                "ds_zero_partition_process_group": groups._get_expert_data_parallel_group(
+                    group_name
+                ),
                 "ds_zero_placement_family": "autoep_expert",
             }
             for tag, value in tags.items():
                 setattr(parameter, tag, value)
+
+
+def _group_name(parallel: ParallelConfig) -> str:
+    """DeepSpeed's name for the expert-parallel groups of that size."""
+    return f"ep_size_{parallel.expert}"
 
 
 def leave() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from data.config import DataConfig
 from model.config import ModelConfig
 from train.optimizer import OptimizerConfig
-from train.parallel import ParallelConfig
+from train.parallel import ZERO_STAGES, ParallelConfig
 from train.precision import PrecisionConfig
 from train.schedule import ScheduleConfig
 
@@ -80,7 +80,7 @@ class Rule:
 
 #: Settings that may be changed to find a way out, and what they may be. Nearest first.
 CHOICES: dict[str, Callable[[Layout], Iterable[Any]]] = {
-    "parallel.zero_stage": lambda layout: _nearest((1, 2), layout.parallel.zero_stage),
+    "parallel.zero_stage": lambda layout: _nearest(ZERO_STAGES, layout.parallel.zero_stage),
     "parallel.expert": lambda layout: _nearest(divisors(layout.ranks), layout.parallel.expert),
     "parallel.sequence": lambda layout: _nearest(divisors(layout.ranks), layout.parallel.sequence),
 }

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from model.recompute import Recompute
 
+ZERO_STAGES = (0, 1, 2, 3)
+
 
 @dataclass(slots=True, kw_only=True)
 class ParallelConfig:
@@ -11,7 +13,8 @@ class ParallelConfig:
     expert: int = 1
     #: Ranks over which each sequence is spread, for long contexts (DeepSpeed Ulysses).
     sequence: int = 1
-    #: DeepSpeed ZeRO stage: 1 shares out optimizer states, 2 gradients as well.
+    #: What ranks share out instead of repeating it: 0 nothing, 1 optimizer states, 2 gradients as
+    #: well, 3 weights as well (ZeRO).
     zero_stage: int = 1
     #: Sequences in one forward pass of one rank; accumulation follows from the batch size.
     micro_batch_size: int
@@ -26,10 +29,10 @@ class ParallelConfig:
 
 def check_parallel(config: ParallelConfig) -> None:
     """Refuse, with a ValueError, values that no layout can have."""
-    if config.zero_stage not in (1, 2):
+    if config.zero_stage not in ZERO_STAGES:
         raise ValueError(
-            f"parallel.zero_stage={config.zero_stage} is not supported; choose 1 or 2 "
-            "(stage 0 clips expert gradients wrongly in DeepSpeed 0.19.8)"
+            f"parallel.zero_stage={config.zero_stage} does not exist; choose one of "
+            f"{list(ZERO_STAGES)}"
         )
     for name in ("expert", "sequence", "micro_batch_size", "reduce_bucket_size"):
         if getattr(config, name) < 1:

@@ -83,10 +83,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, str]] = {
         1,
         r"schedule.batch_ramp.increment=2 is not divisible",
     ),
-    "an unsafe ZeRO stage": (
-        {"parallel": ParallelConfig(zero_stage=0, micro_batch_size=4)},
+    "a ZeRO stage that there isn't": (
+        {"parallel": ParallelConfig(zero_stage=4, micro_batch_size=4)},
         1,
-        r"parallel.zero_stage=0 is not supported; choose 1 or 2",
+        r"parallel.zero_stage=4 does not exist; choose one of \[0, 1, 2, 3\]",
     ),
     "MTP of negative depth": (
         {"model": tiny_model(mtp=type(tiny_model().mtp)(depth=-1))},

@@ -11,6 +11,7 @@ from model.recompute import Recompute
 from model.router import RouterConfig
 from tests.train.tiny import tiny_model
 from tests.train.trained import STEPS, Trained, assert_same_training, train_layout
+from train.parallel import ZERO_STAGES
 from train.precision import Dtype
 
 
@@ -37,10 +38,29 @@ LAYOUTS = [
     (4, {"expert": 2}),
     (4, {"expert": 4, "accumulation": 2}),
     (4, {"expert": 2, "zero_stage": 2, "recompute": Recompute.full}),
+    (2, {"zero_stage": 0, "expert": 2, "accumulation": 2, "recompute": Recompute.full}),
+    (2, {"zero_stage": 3, "expert": 2, "accumulation": 2, "recompute": Recompute.full}),
+]
+MORE_LAYOUTS = [
+    (num_ranks, {"zero_stage": stage, "expert": expert, "accumulation": accumulation, **more})
+    for num_ranks, expert in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4))
+    for stage in ZERO_STAGES
+    for accumulation, more in (
+        (1, {}),
+        (2, {"recompute": Recompute.full}),
+        (8 // num_ranks, {}),
+    )
+] + [
+    (4, {"zero_stage": stage, "expert": expert, "sequence": 2, "accumulation": 2})
+    for stage in ZERO_STAGES
+    for expert in (1, 2, 4)
 ]
 
 
-@pytest.mark.parametrize(("num_ranks", "layout"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("num_ranks", "layout"),
+    [*LAYOUTS, *(pytest.param(*layout, marks=pytest.mark.slow) for layout in MORE_LAYOUTS)],
+)
 def test_every_layout_equals_one_rank(
     tmp_path: Path, reference: Trained, num_ranks: int, layout: dict[str, Any]
 ) -> None:
@@ -81,7 +101,7 @@ def test_load_counts_every_real_choice_of_every_layer_once(reference: Trained) -
     assert reference.loads.sum(-1).tolist() == [[2 * real, 2 * real, 2 * mtp]] * STEPS
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2])
+@pytest.mark.parametrize("zero_stage", ZERO_STAGES)
 def test_bf16_stays_near_fp32_and_keeps_fp32_masters_and_bias(
     tmp_path: Path, reference: Trained, zero_stage: int
 ) -> None:
