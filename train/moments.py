@@ -1,4 +1,4 @@
-"""How an optimizer keeps a moment: in fp32 or in BF16. The arithmetic on it is always fp32.
+"""How an optimizer keeps a moment: in fp32, BF16 or 8 bits. The arithmetic on it is always fp32.
 
 A moment is one number per parameter. An optimizer reads a stretch of it as fp32, computes, and
 writes the stretch back; between steps only the stored form exists.
@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from train.quantised_moments import QuantisedMoments
+
 #: Elements read, updated and written back at once: two moments' stretches fit a core's cache.
 #: On an accelerator more at once, to keep it busy. A multiple of every format's block.
 STRETCH = {"cpu": 2**16}
@@ -17,10 +19,11 @@ STRETCH_ON_ACCELERATOR = 2**24
 
 
 class Moments(StrEnum):
-    """The number that stores each element of a moment, in 4 or 2 bytes."""
+    """The number that stores each element of a moment, in 4, 2 or 1 bytes."""
 
     fp32 = "fp32"
     bf16 = "bf16"
+    int8 = "int8"
 
 
 class MomentFormat(Protocol):
@@ -85,6 +88,8 @@ def build_format(moments: Moments) -> MomentFormat:
             return FloatMoments(torch.float32)
         case Moments.bf16:
             return FloatMoments(torch.bfloat16)
+        case Moments.int8:
+            return QuantisedMoments()
 
 
 def stretches(parameter: Tensor) -> list[slice]:

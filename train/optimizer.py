@@ -7,6 +7,7 @@ from torch import nn
 
 from train.adamw import AdamW
 from train.moments import SLOWEST_IN_BF16, Moments
+from train.quantised_moments import HAS_LIBRARY
 
 
 @dataclass(slots=True, kw_only=True)
@@ -19,8 +20,8 @@ class OptimizerConfig:
     beta2: float = 0.95
     #: Added to the root of the second moment.
     eps: float = 1e-8
-    #: The number that keeps each element of a moment between steps: 4 or 2 bytes. It may change
-    #: when a run continues.
+    #: The number that keeps each element of a moment between steps: 4, 2 or 1 bytes (int8 needs
+    #: bitsandbytes). It may change when a run continues.
     moments: Moments = Moments.fp32
     #: Decoupled weight decay, on matrices only.
     weight_decay: float = 0.1
@@ -81,3 +82,8 @@ def check_optimizer(config: OptimizerConfig) -> None:
                     f"optimizer.moments=bf16: BF16 would round its decay away; choose at most "
                     f"{SLOWEST_IN_BF16:.3f}, or optimizer.moments=fp32"
                 )
+    if config.moments is Moments.int8 and not HAS_LIBRARY:
+        raise ValueError(
+            "optimizer.moments=int8 needs bitsandbytes, which is not installed; run "
+            "pip install 'bitsandbytes>=0.50', or choose optimizer.moments=bf16"
+        )

@@ -14,7 +14,9 @@ from train.adamw import AdamW
 from train.config import check_run
 from train.moments import SLOWEST_IN_BF16, Moments
 from train.optimizer import OptimizerConfig
+from train.quantised_moments import BLOCK
 
+SIZE = 100 * BLOCK
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -86,13 +88,27 @@ def test_a_flat_part_of_several_parameters_steps_like_the_parameters() -> None:
     assert torch.equal(flat.detach(), together)
 
 
-@pytest.mark.parametrize(("moments", "bytes_each"), [(Moments.fp32, 8.0), (Moments.bf16, 4.0)])
+def test_with_8_bit_moments_it_stays_near_fp32() -> None:
+    """Weights move by lr per step; a tenth of the way walked is what the quantiser may cost."""
+    steps = 5
+    expected = train(AdamW(parameters(), **SETTINGS), steps)
+    got = train(AdamW(parameters(), moments=Moments.int8, **SETTINGS), steps)
+    for one, other in zip(got, expected, strict=True):
+        assert not torch.equal(one, other)
+        assert (one - other).abs().mean() < 0.1 * steps * SETTINGS["lr"]
+        assert (one - other).abs().max() < steps * SETTINGS["lr"]
+
+
+@pytest.mark.parametrize(
+    ("moments", "bytes_each"),
+    [(Moments.fp32, 8.0), (Moments.bf16, 4.0), (Moments.int8, 2 + 2 * 4 / BLOCK)],
+)
 def test_bytes_per_parameter_of_the_moments(moments: Moments, bytes_each: float) -> None:
-    optimizer = AdamW([nn.Parameter(torch.zeros(100_000))], moments=moments)
+    optimizer = AdamW([nn.Parameter(torch.zeros(SIZE))], moments=moments)
     train(optimizer, steps=1)
     (state,) = optimizer.state.values()
     kept = sum(value.nbytes for name, value in state.items() if name != "step")
-    assert kept / 100_000 == bytes_each
+    assert kept / SIZE == bytes_each
 
 
 def test_a_parameter_without_gradient_keeps_its_value_and_moments() -> None:

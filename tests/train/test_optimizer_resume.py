@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes  # noqa: F401  (once, before ranks fork)
 import pytest
 import torch
 from torch import Tensor
@@ -28,7 +29,11 @@ ABOUT: dict[str, Any] = {
 CHOICES = {
     "adamw": OptimizerConfig(),
     "adamw_bf16": OptimizerConfig(moments=Moments.bf16),
+    "adamw_8bit": OptimizerConfig(moments=Moments.int8),
 }
+
+# Half the spacing of the stored numbers at their largest, relative to that.
+COARSEST = {Moments.fp32: 0.0, Moments.bf16: 2**-8, Moments.int8: 0.0071}
 
 
 def train_steps(engine: Engine, ranks: Ranks, config: RunConfig, steps: range) -> list[float]:
@@ -96,8 +101,9 @@ def test_a_resumed_run_equals_one_that_never_stopped(
     run_ranks(2, be_rank)
 
 
-@pytest.mark.parametrize("before", Moments)
-@pytest.mark.parametrize("after", Moments)
+@pytest.mark.parametrize(
+    ("before", "after"), [(a, b) for a in Moments for b in Moments if a is not b]
+)
 def test_moments_of_one_precision_load_into_another(
     tmp_path: Path, before: Moments, after: Moments
 ) -> None:
@@ -109,7 +115,7 @@ def test_moments_of_one_precision_load_into_another(
         continued = config_of(tmp_path, OptimizerConfig(moments=after), ranks=1)
         expected, got = state_of(engine), state_of(start(continued, step=1)[0])
         for name, values in expected.items():
-            limits = {"rtol": 2**-8, "atol": 0}
-            torch.testing.assert_close(got[name].float(), values.float(), **limits, msg=name)
+            error = (got[name].float() - values.float()).abs().max() / values.float().abs().max()
+            assert error <= COARSEST[after] + COARSEST[before], name
 
     run_ranks(1, be_rank)
