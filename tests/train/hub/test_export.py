@@ -1,9 +1,11 @@
 """Exports of every architecture pass the gate, and whatever is done to them afterwards fails it."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +20,12 @@ import train.hub.gate
 from data.tokenizer import load_tokenizer
 from model.config import MTPConfig
 from model.rope import rotation
+from tests.ranks import run_ranks
 from tests.train.hub.families import FAMILIES, GROUPED, moe
 from tests.train.random_run import random_run
-from tests.train.tiny import tiny_model
+from tests.train.tiny import tiny_model, tiny_run
 from train.config import CONFIG_FILE, RunConfig, write_config
+from train.engine import join
 from train.hub.config import family_of
 from train.hub.dtype import HubDtype
 from train.hub.export import ExportConfig, export
@@ -37,6 +41,8 @@ from train.hub.gate import (
 )
 from train.hub.names import hub_tensors
 from train.hub.tokenizer import find_tokenizer
+from train.loop import train as train_run
+from train.parallel import ParallelConfig
 from train.ranks import alone
 from train.restore import restore
 from train.stored_tensors import open_checkpoint
@@ -120,9 +126,49 @@ def test_transformers_computes_the_same_from_the_folder(
     assert exported.gate.difference <= 1e-5
     is_forced = name.startswith("qwen2")  # upon Qwen's own tokenizer
     assert ("PreTrainedTokenizerFast" in exported.tokenizer_note) == is_forced
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    if dtype is not HubDtype.fp8:  # which transformers runs on GPUs only
+        _, info = load(tmp_path / "hub", trust_remote_code=False, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["mismatched_keys"]
     index = json.loads((tmp_path / "hub" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) == exported.num_files > 1
     assert index["metadata"]["total_size"] == exported.num_bytes
+
+
+def test_any_layout_s_checkpoint_is_exported(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    layouts: dict[int, dict[str, int]] = {
+        1: {"micro_batch_size": 8},
+        2: {"micro_batch_size": 4, "expert": 2, "zero_stage": 2},
+    }
+    exported: list[dict[str, Tensor]] = []
+    for num_ranks, layout in layouts.items():
+        folder = tmp_path / str(num_ranks)
+        config = tiny_run(folder, parallel=ParallelConfig(**layout))
+        config.data.folder = str(corpus)
+        config.schedule.steps = 1
+        config.schedule.peak_lr = 1e-6  # the first step of AdamW is blind to the size of gradients
+        config.evaluation.max_sequences = 4
+        Path(config.run_dir).mkdir(parents=True)
+        write_config(config, Path(config.run_dir) / CONFIG_FILE)
+        run_ranks(num_ranks, partial(train_on_rank, config))
+        capfd.readouterr()
+        out = folder / "hub"
+        gate = export(ExportConfig(run_dir=config.run_dir, out=str(out), dtype=HubDtype.fp32)).gate
+        assert gate.difference is not None
+        shown = capfd.readouterr().err
+        assert re.search(r"export: \d+\.\d MB in", shown), "progress"
+        exported.append(load_file(out / "model.safetensors"))
+    whole, spread = exported
+    assert spread.keys() == whole.keys()
+    for name, tensor in spread.items():
+        assert (tensor - whole[name]).abs().max() <= 1e-4 * whole[name].abs().max(), name
+
+
+def train_on_rank(config: RunConfig) -> None:
+    train_run(config, join(config.parallel, timeout_minutes=0.5))
 
 
 @torch.no_grad()
