@@ -32,7 +32,7 @@ CHOICES = {
     "adamw_8bit": OptimizerConfig(moments=Moments.int8),
 }
 
-# Half the spacing of the stored numbers at their largest, relative to that.
+# Half the spacing of the stored numbers at their largest, relative to that (8 bits: and a little).
 COARSEST = {Moments.fp32: 0.0, Moments.bf16: 2**-8, Moments.int8: 0.0071}
 
 
@@ -115,7 +115,9 @@ def test_moments_of_one_precision_load_into_another(
         continued = config_of(tmp_path, OptimizerConfig(moments=after), ranks=1)
         expected, got = state_of(engine), state_of(start(continued, step=1)[0])
         for name, values in expected.items():
-            error = (got[name].float() - values.float()).abs().max() / values.float().abs().max()
-            assert error <= COARSEST[after] + COARSEST[before], name
+            kind = name.split("/")[0]  # a block's scale may come from another tensor of the kind
+            scale = max(v.abs().max() for n, v in expected.items() if n.startswith(f"{kind}/"))
+            error = (got[name].float() - values.float()).abs().max() / scale
+            assert error <= COARSEST[after], name
 
     run_ranks(1, be_rank)
