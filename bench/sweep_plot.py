@@ -1,14 +1,14 @@
 """`python -m bench.sweep_plot SWEEP_FOLDER KEY IMAGE`: a sweep's validation loss against one key.
 
 Draws one point per run and a line through the means of runs that share a value (several seeds), and
-prints the same as a Markdown table.
+prints the same as a Markdown table, with the runs' standard deviation as their spread.
 """
 
 import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -55,14 +55,15 @@ def draw(runs: Runs, key: str, image: Path) -> None:
 
 
 def print_table(runs: Runs, key: str) -> None:
-    print(f"| {key} | parameters | active | validation loss of each run | mean |")
-    print("|---|---|---|---|---|")
+    print(f"| {key} | parameters | active | validation loss of each run | mean | spread |")
+    print("|---|---|---|---|---|---|")
     for value, group in runs.items():
         losses = [run["validation_loss"] for run in group]
         print(
             f"| {value} | {group[0]['parameters_total'] / 1e6:.2f} M "
             f"| {group[0]['parameters_active'] / 1e6:.2f} M "
-            f"| {', '.join(f'{loss:.3f}' for loss in losses)} | {mean(losses):.3f} |"
+            f"| {', '.join(f'{loss:.3f}' for loss in losses)} | {mean(losses):.3f} "
+            f"| {f'{stdev(losses):.3f}' if len(losses) > 1 else '-'} |"
         )
 
 
