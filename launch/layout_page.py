@@ -12,7 +12,7 @@ from model.recompute import Recompute
 from model.router import RouterConfig
 from train.layout_rules import RULES, Layout, broken_rules, describe_value
 from train.optimizer import OptimizerConfig
-from train.parallel import ZERO_STAGES, ParallelConfig
+from train.parallel import ZERO_STAGES, Offload, ParallelConfig
 from train.precision import Dtype, PrecisionConfig
 from train.schedule import ConstantSchedule
 
@@ -43,6 +43,8 @@ FEATURES = (
     Feature("sequence parallel", {"parallel.sequence": 2}),
     Feature("recompute, selective", {"parallel.recompute": Recompute.selective}),
     Feature("recompute, full", {"parallel.recompute": Recompute.full}),
+    Feature("optimizer on the CPU", {"parallel.offload_optimizer": Offload.cpu}),
+    Feature("weights on the CPU", {"parallel.offload_parameters": Offload.cpu}),
     Feature("BF16", {"precision.dtype": Dtype.bf16}),
 )
 

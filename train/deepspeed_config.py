@@ -2,7 +2,10 @@
 
 from typing import Any
 
+import torch
+
 from train.config import RunConfig
+from train.parallel import Offload
 from train.precision import Dtype
 
 
@@ -25,4 +28,14 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     }
     if config.precision.dtype is Dtype.bf16:
         values["bf16"] = {"enabled": True}
+    pin = torch.cuda.is_available()
+    for name, device in (
+        ("offload_optimizer", parallel.offload_optimizer),
+        ("offload_param", parallel.offload_parameters),
+    ):
+        if device is not Offload.none:
+            values["zero_optimization"][name] = {"device": device.value, "pin_memory": pin}
+    # DeepSpeed would want its own CPUAdam, which is compiled at the first start. Ours runs torch's
+    # fused kernel on the CPU too.
+    values["zero_force_ds_cpu_optimizer"] = False
     return values

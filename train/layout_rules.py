@@ -16,7 +16,7 @@ from typing import Any
 from data.config import DataConfig
 from model.config import ModelConfig
 from train.optimizer import OptimizerConfig
-from train.parallel import ZERO_STAGES, ParallelConfig
+from train.parallel import ZERO_STAGES, Offload, ParallelConfig
 from train.precision import PrecisionConfig
 from train.schedule import ScheduleConfig
 
@@ -80,6 +80,8 @@ class Rule:
 
 #: Settings that may be changed to find a way out, and what they may be. Nearest first.
 CHOICES: dict[str, Callable[[Layout], Iterable[Any]]] = {
+    "parallel.offload_optimizer": lambda _: Offload,
+    "parallel.offload_parameters": lambda _: Offload,
     "parallel.zero_stage": lambda layout: _nearest(ZERO_STAGES, layout.parallel.zero_stage),
     "parallel.expert": lambda layout: _nearest(divisors(layout.ranks), layout.parallel.expert),
     "parallel.sequence": lambda layout: _nearest(divisors(layout.ranks), layout.parallel.sequence),
@@ -163,6 +165,22 @@ RULES: tuple[Rule, ...] = (
         is_broken=lambda layout: layout.data.seq_len % layout.parallel.sequence != 0,
         why="every rank holds an equal part of each sequence",
         problem=lambda layout: _describe_undivided(layout, "parallel.sequence", "data.seq_len"),
+    ),
+    Rule(
+        settings=("parallel.zero_stage", "parallel.offload_optimizer"),
+        is_broken=lambda layout: (
+            layout.parallel.offload_optimizer is not Offload.none
+            and layout.parallel.zero_stage == 0
+        ),
+        why="ZeRO 0 keeps masters and moments beside the weights",
+    ),
+    Rule(
+        settings=("parallel.zero_stage", "parallel.offload_parameters"),
+        is_broken=lambda layout: (
+            layout.parallel.offload_parameters is not Offload.none
+            and layout.parallel.zero_stage < 3
+        ),
+        why="below ZeRO 3 the accelerator holds all weights at all times",
     ),
     *(_whole_micro_batches(size) for size in BATCH_SIZES),
 )

@@ -1,10 +1,18 @@
 """How a run is laid out over ranks. What combines with what: `train/layout_rules.py`."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from model.recompute import Recompute
 
 ZERO_STAGES = (0, 1, 2, 3)
+
+
+class Offload(StrEnum):
+    """Where something waits that the accelerator does not need just now."""
+
+    none = "none"
+    cpu = "cpu"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -21,6 +29,11 @@ class ParallelConfig:
     #: What the backward pass computes again to save memory: norms, up-projections, SwiGLU and the
     #: experts' inside (selective), or whole blocks (full).
     recompute: Recompute = Recompute.none
+    #: Where masters and moments stand, and are updated by the CPU: none leaves them on the
+    #: accelerator.
+    offload_optimizer: Offload = Offload.none
+    #: Where ZeRO 3 keeps its part of the weights between their uses.
+    offload_parameters: Offload = Offload.none
     #: Gradient elements per reduction; larger is faster and takes more memory.
     reduce_bucket_size: int = 50_000_000
     #: Whether gradients are reduced beside the backward pass (GPUs only).

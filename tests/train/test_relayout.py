@@ -13,7 +13,7 @@ from train.checkpoint import Checkpoints, load
 from train.config import RunConfig, check_run
 from train.engine import Engine, join
 from train.manifest import read_manifest
-from train.parallel import ZERO_STAGES, ParallelConfig
+from train.parallel import ZERO_STAGES, Offload, ParallelConfig
 from train.precision import Dtype, PrecisionConfig
 from train.ranks import Ranks
 from train.update import count_denominators, update
@@ -70,7 +70,11 @@ WAYS = [
     ((4, {"zero_stage": 3, "expert": 2}), (2, {"zero_stage": 0, "expert": 2})),
     ((2, {"zero_stage": 0, "expert": 1}), (1, {"zero_stage": 2})),
 ]
-ALL = [
+HOST = {"offload_optimizer": Offload.cpu}
+ALL: list[Any] = [
+    (2, {"zero_stage": 1, "expert": 2, **HOST}),
+    (2, {"zero_stage": 3, "expert": 2, **HOST, "offload_parameters": Offload.cpu}),
+] + [
     (num_ranks, {"zero_stage": stage, "expert": expert})
     for num_ranks, expert in ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4))
     for stage in ZERO_STAGES
