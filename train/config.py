@@ -15,6 +15,7 @@ from data.atomic_file import write_aside
 from data.config import DATA_KINDS, DataConfig, check_data
 from model.config import MODEL_KINDS, ModelConfig, check_model
 from train.checkpoint import CheckpointConfig, check_checkpoint
+from train.ema import EMAConfig, check_ema
 from train.evaluation import EvaluationConfig, check_evaluation
 from train.journal import LoggingConfig, check_logging
 from train.layout_rules import Layout, check_layout
@@ -43,6 +44,7 @@ class RunConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     parallel: ParallelConfig
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
@@ -54,6 +56,7 @@ def check_run(config: RunConfig, *, num_ranks: int) -> None:
     check_optimizer(config.optimizer)
     check_schedule(config.schedule)
     check_checkpoint(config.checkpoint)
+    check_ema(config.ema)
     check_evaluation(config.evaluation)
     check_logging(config.logging)
     check_parallel(config.parallel)
@@ -137,3 +140,10 @@ def typed(values: Any, schema: type[Config]) -> Config:
     filled = OmegaConf.to_object(OmegaConf.merge(config, values))
     assert isinstance(filled, schema)
     return filled
+
+
+def describe_config(config: RunConfig) -> dict[str, Any]:
+    """The config as plain values."""
+    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}

@@ -114,6 +114,7 @@ class Wandb:
     """
 
     def __init__(self, config: LoggingConfig, *, run_dir: Path, about: dict[str, Any]) -> None:
+        self._step = 0
         id_file = run_dir / WANDB_ID_FILE
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:8])
@@ -139,7 +140,9 @@ class Wandb:
             for key, value in record.items()
             if isinstance(value, int | float) and key != "step"
         }
-        self._run.log(numbers, step=record["step"])
+        # A checkpoint's record comes when it is on disk, steps later; wandb only goes forward.
+        self._step = max(self._step, record["step"])
+        self._run.log(numbers, step=self._step)
 
     def close(self) -> None:
         self._run.finish()

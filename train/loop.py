@@ -24,11 +24,13 @@ def train(config: RunConfig, ranks: Ranks) -> Outcome:
     with ExitStack() as stack:
         stack.enter_context(on_stop_signal(interrupt.note))
         run = Run(config, ranks)
+        stack.enter_context(run.saver)
         batches = stack.enter_context(run.batches)
         journal = stack.enter_context(run.open_journal())
         progress, schedule = run.progress, config.schedule
 
         while progress.step < schedule.steps:
+            run.check_save(journal)
             size = batch_size(schedule, progress.step)
             micro_batches = batches.take(progress.samples, size)
             over = count_denominators(micro_batches, config.model, ranks)
@@ -41,6 +43,8 @@ def train(config: RunConfig, ranks: Ranks) -> Outcome:
             report = update(run.engine, micro_batches, over, config=model, lr=lr)
             progress.advance(size, over.targets, is_applied=report.is_applied)
             run.meters.count(size)
+            if report.is_applied:
+                run.ema.update(run.engine.fragments(), updates=progress.updates)
 
             if run.is_due(config.logging.every) or not report.is_applied:
                 journal.write(run.meters.read(report, progress, lr=lr))

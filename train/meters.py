@@ -1,6 +1,7 @@
 """A step's numbers as a person and a plot want them."""
 
 import time
+from collections.abc import Mapping
 
 from model.balance import max_violation
 from model.config import ModelConfig
@@ -22,15 +23,30 @@ class Meters:
         self._ranks = ranks
         self._flops_per_token = flops_per_token(config.model, seq_len=config.data.seq_len)
         self._peak = peak_flops(ranks.device, config.precision.dtype.torch) * ranks.count
-        self._restart()
+        self._train_seconds = 0.0
+        self.loss: float | None = None  # as it was last read
+        self._sequences = 0
+        self._since = self._counted = time.perf_counter()
+
+    def state(self) -> dict[str, float]:
+        """What a resumed run goes on counting from."""
+        return {"train_seconds": self._train_seconds}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Go on from a checkpoint's `state()`; what it lacks starts at 0."""
+        self._train_seconds = state.get("train_seconds", 0.0)
 
     def count(self, sequences: int) -> None:
         """Note that a step over so many sequences is done."""
         self._sequences += sequences
+        now = time.perf_counter()
+        self._train_seconds += now - self._counted
+        self._counted = now
 
     def read(self, report: StepReport, progress: Progress, *, lr: float) -> Record:
         """The record of a step. Waits for the device; every rank must call it."""
         loss, *others = report.losses.tolist()
+        self.loss = loss
         balance_losses = dict(zip(BALANCE_LOSSES, others, strict=False))
         mtp_losses = others[len(BALANCE_LOSSES) :]
         if self._model.moe is None or not self._model.moe.has_group_balance_losses:
@@ -52,6 +68,7 @@ class Meters:
             "flops_per_second": flops,
             "mfu": flops / self._peak,
             "memory_bytes": memory,
+            "train_seconds": self._train_seconds,
             "samples": progress.samples,
             "targets": progress.targets,
             "skipped": progress.skipped,
@@ -69,5 +86,5 @@ class Meters:
         self._restart()
 
     def _restart(self) -> None:
-        self._since = time.perf_counter()
+        self._since = self._counted = time.perf_counter()
         self._sequences = 0

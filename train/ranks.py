@@ -16,14 +16,16 @@ class Ranks:
     """This process's place among all.
 
     `control` is a gloo group: agreement on the host, without touching the device. A process
-    that is alone needs none. Ranks that work on the same sequences make up a replica of the model;
-    without sequence parallelism each is one of its own.
+    that is alone needs none. `background` is another one, for a thread beside the training:
+    collectives of one group must not mix. Ranks that work on the same sequences make up a replica
+    of the model; without sequence parallelism each is one of its own.
     """
 
     rank: int
     count: int
     device: torch.device
     control: dist.ProcessGroup | None = None
+    background: dist.ProcessGroup | None = None
     ranks_per_replica: int = 1
     sequence_group: dist.ProcessGroup | None = None  # this replica's ranks, if it has several
 
@@ -43,6 +45,10 @@ class Ranks:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    def beside(self) -> "Ranks":
+        """The same ranks as a thread beside the training meets them."""
+        return replace(self, control=self.background)
 
     def sum(self, values: list[int]) -> list[int]:
         """Element-wise sums over all ranks, exact."""
@@ -91,10 +97,14 @@ def connect(*, timeout_minutes: float, ranks_per_sequence: int = 1) -> Ranks:
     `ranks_per_sequence` consecutive ranks hold a part of each sequence of a replica.
     """
     timeout = datetime.timedelta(minutes=timeout_minutes)
-    control = dist.new_group(backend="gloo", timeout=timeout)
-    assert control is not None, "every rank is a member"
+    control, background = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     ranks = Ranks(
-        dist.get_rank(), dist.get_world_size(), read_device(), control, ranks_per_sequence
+        dist.get_rank(),
+        dist.get_world_size(),
+        read_device(),
+        control,
+        background,
+        ranks_per_replica=ranks_per_sequence,
     )
     if ranks_per_sequence == 1:
         return ranks

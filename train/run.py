@@ -2,35 +2,36 @@
 
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from data.batches import Batches
 from data.config import Verify, find_folder
 from data.manifest import Split, read_manifest
 from data.samples import open_samples
 from model.cost import count_parameters
-from train.checkpoint import Checkpoints, OnError, SaveError, check_coverage, load
-from train.config import RunConfig
+from train.checkpoint import Checkpoints, OnError, SaveError
+from train.code_version import code_version
+from train.config import RunConfig, describe_config
+from train.ema import EMA
 from train.engine import Engine
 from train.evaluation import evaluate
 from train.hardware import peak_memory
 from train.journal import Journal, open_journal, read_records
-from train.manifest import Fragment, Manifest
+from train.manifest import Fragment, Measured
 from train.meters import Meters
-from train.progress import Progress
 from train.ranks import Ranks
-from train.restore import check_start
+from train.resume import Resumption, rng_fragment
+from train.saver import Saver
+from train.schedule import batch_size, learning_rate
+from train.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
-
-RNG = "rng/rank-{:05}"  # of each rank; the only state that is not logical
 
 
 class Run:
@@ -64,10 +65,26 @@ class Run:
         )
         torch.manual_seed(config.seed)
         self.engine = Engine(config, ranks)
-        self.checkpoints = Checkpoints(self.run_dir, keep=config.checkpoint.keep)
-        self.progress = self._resume()
+        self.ema = EMA(config.ema, self.engine.fragments())
+        keeping = config.checkpoint
+        self.checkpoints = Checkpoints(
+            self.run_dir,
+            keep=keeping.keep,
+            keep_every=keeping.keep_every,
+            keep_best=keeping.keep_best,
+            verify=keeping.verify,
+        )
+        tokenizer = self.tokenizer.fingerprint
+        resumption = Resumption(config, ranks, self.engine, tokenizer=tokenizer)
+        self._beginning = resumption.begin(self.checkpoints, self.ema)
+        self.progress = self._beginning.progress
         self.meters = Meters(config, ranks)
-        self._saved_step = self.progress.step
+        self.meters.restore(self._beginning.meters)
+        self.saver = self._open_saver()
+        self._evaluation: Measured | None = None
+        self._saved_step: int | None = self.progress.step  # or the one that is being saved
+        self._stall_seconds = 0.0
+        self._versions = code_version()
 
     def open_journal(self) -> Journal:
         """The first rank's journal; the others keep a silent one."""
@@ -99,41 +116,100 @@ class Run:
             max_sequences=self.config.evaluation.max_sequences,
             are_documents_masked=self.config.data.mask_documents,
         )
+        self._evaluation = Measured(self.progress.step, evaluation.loss)
         self._write(journal, "evaluation", start, evaluation._asdict())
 
     def save(self, journal: Journal, *, is_last: bool) -> None:
-        """Write a checkpoint of this step, unless there is one.
+        """Write a checkpoint of this step, unless there is one; beside training if so configured.
 
         Raises:
-            SaveError: It could not be written, and the config says to stop then, or it is the
-                last one, with which the work since the one before would be lost.
+            SaveError: This save or the one before it failed, and the config says to stop then, or
+                this is the last one, with which the work since the one before would be lost.
         """
+        start = time.perf_counter()
+        stops = self.config.checkpoint.on_error is OnError.stop
+        if self.saver.step is not None:
+            self._finish_save(journal, must_succeed=stops and not is_last)
         if self._saved_step == self.progress.step:
             return
-        start = time.perf_counter()
-        rng = torch.get_rng_state()
-        own = Fragment(RNG.format(self.ranks.rank), tuple(rng.shape), 0, rng)
+        self._saved_step = self.progress.step
+        self.saver.start(self.progress.step, self._state(), self._describe())
+        self._stall_seconds = time.perf_counter() - start
+        if is_last or not self.config.checkpoint.asynchronous:
+            self._finish_save(journal, must_succeed=stops or is_last)
+        self.meters.pause()
+
+    def check_save(self, journal: Journal) -> None:
+        """Take note of a save that has ended since it was started; on all ranks at one step.
+
+        Raises:
+            SaveError: It failed, and the config says to stop then.
+        """
+        if self.saver.step is not None and self.ranks.any(self.saver.has_ended()):
+            stops = self.config.checkpoint.on_error is OnError.stop
+            self._finish_save(journal, must_succeed=stops)
+
+    def _finish_save(self, journal: Journal, *, must_succeed: bool) -> None:
+        """Wait for the save in flight, and write it down."""
         try:
-            self.checkpoints.save(
-                self.progress.step,
-                [*self.engine.fragments(), own],
-                ranks=self.ranks,
-                about={
-                    "progress": asdict(self.progress),
-                    "tokenizer": self.tokenizer.fingerprint,
-                    "layout": {"ranks": self.ranks.count, "expert": self.config.parallel.expert},
-                    "versions": {name: version(name) for name in ("thrifty", "torch", "deepspeed")},
-                    "config": describe_config(self.config),
-                },
-            )
+            saved = self.saver.finish()
         except SaveError as error:
-            if is_last or self.config.checkpoint.on_error is OnError.stop:
+            self._saved_step = None
+            if must_succeed:
                 raise
             log.warning("%s; the run goes on (checkpoint.on_error=proceed)", error)
             return
-        self._saved_step = self.progress.step
-        path = str(self.checkpoints.path(self.progress.step))
-        self._write(journal, "checkpoint", start, {"path": path})
+        journal.write(
+            {
+                "event": "checkpoint",
+                "step": saved.written.step,
+                "path": str(saved.written.path),
+                "bytes": saved.written.num_bytes,
+                "seconds": self._stall_seconds,
+                "write_seconds": saved.seconds,
+            }
+        )
+
+    def _state(self) -> Iterator[Fragment]:
+        yield from self.engine.fragments()
+        yield from self.ema.fragments()
+        yield rng_fragment(self.ranks.rank)
+
+    def _describe(self) -> dict[str, Any]:
+        """What the manifest says besides what lies where."""
+        step, schedule = self.progress.step, self.config.schedule
+        evaluation = self._evaluation
+        return {
+            "progress": asdict(self.progress),
+            "tokens": self.progress.targets,
+            "schedule": {
+                "learning_rate": learning_rate(schedule, step - 1) if step else 0.0,
+                "batch_size": batch_size(schedule, step - 1) if step else 0,
+            },
+            "evaluation": evaluation if evaluation and evaluation.step == step else None,
+            "loss": self.meters.loss,
+            "meters": self.meters.state(),
+            "parent": self._beginning.parent,
+            "tokenizer": self.tokenizer.fingerprint,
+            "layout": {
+                "ranks": self.ranks.count,
+                **describe_config(self.config)["parallel"],
+            },
+            "versions": self._versions,
+            "config": describe_config(self.config),
+            "changes": self._beginning.changes,
+        }
+
+    def _open_saver(self) -> Saver:
+        snapshot = None
+        if self.config.checkpoint.asynchronous:
+            snapshot = Snapshot(self._state())
+            log.info(
+                "asynchronous checkpoints: %s bytes of host memory on this rank, %s on all",
+                f"{snapshot.num_bytes:,}",
+                f"{sum(self.ranks.gather(snapshot.num_bytes)):,}",
+            )
+        return Saver(self.checkpoints, self.ranks, snapshot=snapshot)
 
     def summary(self) -> dict[str, float]:
         """What a table of several runs compares, earlier starts included; the first rank's."""
@@ -154,64 +230,7 @@ class Run:
             summary["unigram_entropy"] = evaluation["unigram_entropy"]
         return summary
 
-    def _resume(self) -> Progress:
-        manifest = self.checkpoints.find_newest(self.ranks)
-        if manifest is None:
-            if self.config.init_from is not None:
-                self._take_weights(Path(self.config.init_from))
-            return Progress()
-        self._check_tokenizer(manifest, self.checkpoints)
-        check_coverage(manifest, self.engine.tensors())
-        folder = self.checkpoints.path(manifest.step)
-        load(folder, manifest, [*self.engine.fragments(), *self.engine.buffers()])
-        progress = Progress(**manifest.progress)
-        self.engine.finish_load(updates=progress.updates)
-        self._restore_rng(folder, manifest)
-        log.info("resumed from %s at sample %d", folder, progress.samples)
-        return progress
-
-    def _take_weights(self, run_dir: Path) -> None:
-        """Weights and routing biases of another run; everything else stays as new."""
-        check_start(self.config)
-        source = Checkpoints(run_dir, keep=1)
-        manifest = source.find_newest(self.ranks)
-        assert manifest is not None, "check_start has found one"
-        self._check_tokenizer(manifest, source)
-        tensors = self.engine.tensors().items()
-        check_coverage(manifest, {name: shape for name, shape in tensors if is_of_model(name)})
-        fragments = [fragment for fragment in self.engine.fragments() if is_of_model(fragment.name)]
-        load(source.path(manifest.step), manifest, [*fragments, *self.engine.buffers()])
-        self.engine.finish_load(updates=0)
-        log.info("starting from the weights in %s", source.path(manifest.step))
-
-    def _check_tokenizer(self, manifest: Manifest, source: Checkpoints) -> None:
-        if manifest.tokenizer != self.tokenizer.fingerprint:
-            raise ValueError(
-                f"the checkpoint of step {manifest.step} in {source.folder} was trained "
-                f"with another tokenizer than the one in {self.corpus}; use that run's corpus, or "
-                "another run_dir"
-            )
-
-    def _restore_rng(self, folder: Path, manifest: Manifest) -> None:
-        name = RNG.format(self.ranks.rank)
-        if name in manifest.tensors:  # absent where there were fewer ranks
-            state = torch.get_rng_state()
-            load(folder, manifest, [Fragment(name, tuple(state.shape), 0, state)])
-            torch.set_rng_state(state)
-
     def _write(self, journal: Journal, event: str, start: float, numbers: dict[str, Any]) -> None:
         seconds = time.perf_counter() - start
         journal.write({"event": event, "step": self.progress.step, **numbers, "seconds": seconds})
         self.meters.pause()
-
-
-def is_of_model(name: str) -> bool:
-    """Whether a logical tensor is the model's own, not the optimizer's."""
-    return name.startswith(("weight/", "buffer/"))
-
-
-def describe_config(config: RunConfig) -> dict[str, Any]:
-    """The config as plain values."""
-    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}

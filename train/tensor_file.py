@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +27,18 @@ CODES = {
 BLOCK_BYTES = 16 << 20  # copied to the host and written at a time
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> StoredFile:
-    """Write 1-D tensors from any device, flushed to disk, and give the file's size and hash.
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], *, about: Mapping[str, str] | None = None
+) -> StoredFile:
+    """Write 1-D tensors from any device, flushed to disk, and give the file's size and hashes.
+
+    `about` stands in the file's header, so that the header's hash tells one run's from another's.
 
     Raises:
         OSError: The disk is full or fails; what was written so far stays.
     """
-    header, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(about or {})}}
+    end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
         header[name] = {
@@ -40,14 +46,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> StoredFile:
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.blake2b(digest_size=16)
-    num_bytes = 0
+    head = encode_header(header)
+    digest = new_hash(head)
     with path.open("wb") as file:
-        for block in (len(text).to_bytes(8, "little"), text):
-            digest.update(block)
-            num_bytes += file.write(block)
+        num_bytes = file.write(head)
         for tensor in tensors.values():
             for part in tensor.detach().view(torch.uint8).split(BLOCK_BYTES):
                 data = part.cpu().numpy().data
@@ -55,18 +57,39 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> StoredFile:
                 num_bytes += file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return StoredFile(num_bytes, digest.hexdigest())
+    return StoredFile(num_bytes, digest.hexdigest(), new_hash(head).hexdigest())
+
+
+def encode_header(header: Mapping[str, Any]) -> bytes:
+    """A file's beginning: the length of what follows, and a JSON table of contents."""
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def hash_header(path: Path) -> str:
+    """The hash of an existing file's beginning."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        announced = int.from_bytes(length, "little")
+        there = os.fstat(file.fileno()).st_size  # a damaged length may be anything
+        return new_hash(length + file.read(min(announced, there))).hexdigest()
 
 
 def hash_tensors(path: Path) -> StoredFile:
-    """Size and hash of an existing file, to compare with what `write_tensors` gave."""
-    digest = hashlib.blake2b(digest_size=16)
+    """Size and hashes of an existing file, to compare with what `write_tensors` gave."""
+    digest = new_hash()
     num_bytes = 0
     with path.open("rb") as file:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
             num_bytes += len(block)
-    return StoredFile(num_bytes, digest.hexdigest())
+    return StoredFile(num_bytes, digest.hexdigest(), hash_header(path))
+
+
+def new_hash(data: bytes = b"") -> "hashlib.blake2b":
+    """The hash that all of a checkpoint's files are checked with."""
+    return hashlib.blake2b(data, digest_size=16)
 
 
 def sync_folder(path: Path) -> None:

@@ -5,7 +5,6 @@ process's own until the file is closed, and writes only what is all in memory at
 hold one tensor at a time, whatever the file's size.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from data.progress import Advance
 from train.manifest import StoredFile
-from train.tensor_file import BLOCK_BYTES, CODES
+from train.tensor_file import BLOCK_BYTES, CODES, encode_header, new_hash
 
 DTYPE_CODES = CODES | {torch.float8_e4m3fn: "F8_E4M3"}
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
@@ -66,14 +65,33 @@ class TensorFile:
         spec, begin = self._places[name]
         stop = math.prod(spec.shape) if stop is None else stop
         data = torch.empty((stop - start) * spec.dtype.itemsize, dtype=torch.uint8)
-        rest = memoryview(data.numpy().data)
-        self._file.seek(begin + start * spec.dtype.itemsize)
+        self._fill(memoryview(data.numpy().data), name, begin + start * spec.dtype.itemsize)
+        return data.view(spec.dtype)
+
+    def read_into(self, out: Tensor, name: str, *, start: int) -> None:
+        """Fill a 1-D tensor with the elements from `start` on, through one block of memory at
+        most, and through none where it lies in host memory in the file's own type.
+
+        Raises:
+            ValueError: The file has been cut short since it was opened.
+        """
+        spec, begin = self._places[name]
+        if out.device.type == "cpu" and out.dtype == spec.dtype and out.is_contiguous():
+            place = begin + start * spec.dtype.itemsize
+            self._fill(memoryview(out.view(torch.uint8).numpy().data), name, place)
+            return
+        size = BLOCK_BYTES // spec.dtype.itemsize
+        for number, block in enumerate(out.split(size)):
+            first = start + number * size
+            block.copy_(self.read(name, start=first, stop=first + len(block)))
+
+    def _fill(self, rest: memoryview, name: str, place: int) -> None:
+        self._file.seek(place)
         while rest:
             count = self._file.readinto(rest)
             if not count:
                 raise ValueError(f"{self.path} ends before the last element of {name}")
             rest = rest[count:]
-        return data.view(spec.dtype)
 
     def close(self) -> None:
         self._file.close()
@@ -112,7 +130,7 @@ def write_stream(
         OSError: The disk is full or fails; what was written so far stays.
     """
     header = _header(specs)
-    digest = hashlib.blake2b(header, digest_size=16)
+    digest = new_hash(header)
     with path.open("wb") as file:
         file.write(header)
         for spec, tensor in zip(specs, tensors, strict=True):
@@ -130,7 +148,7 @@ def write_stream(
         file.truncate(num_bytes)
         file.flush()
         os.fsync(file.fileno())
-    return StoredFile(num_bytes, digest.hexdigest())
+    return StoredFile(num_bytes, digest.hexdigest(), new_hash(header).hexdigest())
 
 
 def cut_shards(specs: Sequence[TensorSpec], *, shard_bytes: int) -> list[list[TensorSpec]]:
@@ -157,6 +175,4 @@ def _header(specs: Sequence[TensorSpec]) -> bytes:
             "shape": list(spec.shape),
             "data_offsets": [begin, end],
         }
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return encode_header(entries)

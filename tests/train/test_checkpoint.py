@@ -16,10 +16,10 @@ from train.checkpoint import (
     Checkpoints,
     SaveError,
     check_checkpoint,
-    check_coverage,
     load,
-    verify_files,
 )
+from train.coverage import check_coverage
+from train.integrity import verify_files
 from train.manifest import (
     MANIFEST_FILE,
     Fragment,
@@ -171,6 +171,21 @@ def test_coverage_is_checked_both_ways(checkpoints: Checkpoints) -> None:
         check_coverage(manifest, {"weight/a": (3, 4), "buffer/c": (2,)})
     with pytest.raises(ValueError, match=r"weight/a has shape \[3, 4\] .* but \[4, 3\]"):
         check_coverage(manifest, whole | {"weight/a": (4, 3)})
+
+
+def test_a_tensor_that_is_missing_or_surplus_passes_only_if_it_is_named(
+    checkpoints: Checkpoints,
+) -> None:
+    manifest = read_manifest(checkpoints.path(1))
+    wanted: dict[str, tuple[int, ...]] = {"weight/a": (3, 4), "buffer/c": (2,)}
+    named = {"allow_missing": ["buffer/[cd]"], "allow_surplus": ["buffer/b"]}
+    assert check_coverage(manifest, wanted, **named) == ["buffer/c"]
+    for key in named:
+        other = {name: patterns for name, patterns in named.items() if name != key}
+        with pytest.raises(ValueError, match=f"name it in checkpoint.{key}"):
+            check_coverage(manifest, wanted, **other)
+        with pytest.raises(ValueError, match=f"name it in checkpoint.{key}"):
+            check_coverage(manifest, wanted, **{**named, key: ["weight/*"]})
 
 
 def test_a_hole_between_owners_is_a_defect_that_stops_the_save() -> None:

@@ -16,6 +16,7 @@ from train.config import RunConfig
 from train.engine import join
 from train.journal import read_records
 from train.loop import train as train_run
+from train.manifest import read_manifest, write_manifest
 from train.optimizer import OptimizerConfig
 from train.parallel import ParallelConfig
 from train.schedule import ChangeConfig, ChangesConfig
@@ -69,7 +70,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run_with_a_way_out(config: Run
     assert Checkpoints(Path(config.run_dir), keep=10).steps() == [2, 4]
 
 
-def fail_to_write(path: Path, tensors: Any) -> Any:
+def fail_to_write(path: Path) -> Any:
     raise OSError(28, "No space left on device", str(path))
 
 
@@ -80,11 +81,11 @@ def test_a_full_disk_stops_the_run_or_not_as_configured(
     config.checkpoint = CheckpointConfig(every=2, on_error=on_error)
     real, calls = train.checkpoint.write_tensors, 0
 
-    def write(path: Path, tensors: Any) -> Any:
+    def write(path: Path, tensors: Any, **about: Any) -> Any:
         nonlocal calls
         calls += 1
         is_full = calls == 2 and os.environ["RANK"] == "1"
-        return fail_to_write(path, tensors) if is_full else real(path, tensors)
+        return fail_to_write(path) if is_full else real(path, tensors, **about)
 
     checkpoints = Checkpoints(Path(config.run_dir), keep=10)
     with mock.patch("train.checkpoint.write_tensors", write):
@@ -119,9 +120,10 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(config: RunConfig) 
 
 def test_a_checkpoint_of_another_tokenizer_is_refused(config: RunConfig) -> None:
     start(config)
-    manifest = Path(config.run_dir) / "checkpoints/step-00000006/manifest.json"
-    text = manifest.read_text()
-    manifest.write_text(text.replace('"tokenizer": "', '"tokenizer": "0'))
+    folder = Path(config.run_dir) / "checkpoints/step-00000006"
+    manifest = read_manifest(folder)
+    manifest.tokenizer = "0" + manifest.tokenizer
+    write_manifest(folder, manifest)
     config.schedule.steps = 7
     with pytest.raises(AssertionError, match="was trained with another tokenizer"):
         start(config)

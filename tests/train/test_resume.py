@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import train.checkpoint
 import train.tensor_file
@@ -98,7 +101,23 @@ def kill_at_call(
         yield
 
 
-def half_a_file(path: Path, tensors: Any) -> None:
+@contextmanager
+def signal_in_step(step: int, *, rank: int) -> Iterator[None]:
+    """SIGTERM comes to one rank in the middle of a step."""
+    real, calls = train.update.update, 0
+
+    def update(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == step and os.environ["RANK"] == str(rank):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    with mock.patch("train.loop.update", update):
+        yield
+
+
+def half_a_file(path: Path, tensors: Any, **about: Any) -> None:
     path.write_bytes(b"\x00" * 1000)
 
 
@@ -137,22 +156,65 @@ def test_a_killed_run_resumes_bit_for_bit(
 def test_sigterm_on_one_rank_saves_on_all_and_the_next_start_continues(
     config: RunConfig, undisturbed: RunConfig
 ) -> None:
-    real = train.update.update
-
-    def signal_in_step_3(engine: Any, *args: Any, **kwargs: Any) -> Any:
-        signal_in_step_3.calls += 1
-        if signal_in_step_3.calls == 3 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(engine, *args, **kwargs)
-
-    signal_in_step_3.calls = 0
-    with mock.patch("train.loop.update", signal_in_step_3):
+    with signal_in_step(3, rank=1):
         outcome = start(config)
     assert (outcome.status, outcome.step) == (Status.interrupted, 3)
     assert Checkpoints(Path(config.run_dir), keep=10).steps() == [2, 3]
     assert start(config).status is Status.finished
     assert read_steps(config) == read_steps(undisturbed)
     assert same_files(config, undisturbed, step=6)
+
+
+def slow_write(*args: Any, **kwargs: Any) -> Any:
+    """Rank 1's disk takes longer than many steps."""
+    if os.environ["RANK"] == "1":
+        time.sleep(1.0)
+    return train.tensor_file.write_tensors(*args, **kwargs)
+
+
+def test_sigterm_while_a_save_is_in_flight_finishes_both(
+    config: RunConfig, undisturbed: RunConfig
+) -> None:
+    with (
+        mock.patch.object(train.checkpoint, "write_tensors", slow_write),
+        signal_in_step(3, rank=0),
+    ):
+        outcome = start(config)
+    assert (outcome.status, outcome.step) == (Status.interrupted, 3)
+    assert Checkpoints(Path(config.run_dir), keep=10).steps() == [2, 3]
+    assert start(config).status is Status.finished
+    assert read_steps(config) == read_steps(undisturbed)
+    assert same_files(config, undisturbed, step=6)
+
+
+def test_kill_while_a_save_is_in_flight_goes_back_to_the_one_before(
+    config: RunConfig, undisturbed: RunConfig
+) -> None:
+    """Rank 0 dies in step 4, long after it has written its part of step 2."""
+    with (
+        mock.patch.object(train.checkpoint, "write_tensors", slow_write),
+        kill_at_call(train.update, "move_biases", call=4, rank=0),
+        pytest.raises(AssertionError, match="exit codes"),
+    ):
+        start(config)
+    assert Checkpoints(Path(config.run_dir), keep=10).steps() == []
+    assert start(config).status is Status.finished
+    assert read_steps(config) == read_steps(undisturbed)
+    assert same_files(config, undisturbed, step=6)
+
+
+def test_a_run_that_waits_for_its_saves_writes_the_same_bytes(
+    config: RunConfig, undisturbed: RunConfig
+) -> None:
+    config.checkpoint.asynchronous = False
+    start(config)
+    assert read_steps(config) == read_steps(undisturbed)
+    folders = [Path(c.run_dir) / "checkpoints/step-00000006" for c in (config, undisturbed)]
+    one, other = (
+        load_file(folder / f"rank-0000{rank}.safetensors") for folder in folders for rank in "0"
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_killed_run_in_bf16_with_a_batch_ramp_and_a_skipped_step_resumes_bit_for_bit(
