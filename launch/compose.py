@@ -23,6 +23,7 @@ from launch.help import describe_groups
 from launch.mistake import MISTAKES, explain, unknown_key
 from model.config import MODEL_KINDS
 from train.config import model_schema
+from train.optimizer import OPTIMIZER_KINDS
 from train.outcome import ExitCode
 from train.schedule import SCHEDULE_KINDS
 
@@ -122,7 +123,11 @@ def _register(schema: type[Any]) -> None:
     store.store(name="schema", node=schema)
     for kind in MODEL_KINDS:
         store.store(group="model", name=f"{kind}_schema", node=model_schema(kind))
-    for group, kinds in (("data", DATA_KINDS), ("schedule", SCHEDULE_KINDS)):
+    for group, kinds in (
+        ("data", DATA_KINDS),
+        ("schedule", SCHEDULE_KINDS),
+        ("optimizer", OPTIMIZER_KINDS),
+    ):
         for kind, node in kinds.items():
             store.store(group=group, name=f"{kind}_schema", node=node)
 

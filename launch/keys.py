@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 from data.config import DATA_KINDS, DataConfig
 from model.config import MODEL_KINDS, ModelConfig
+from train.optimizer import OPTIMIZER_KINDS, OptimizerConfig
 from train.schedule import SCHEDULE_KINDS, ScheduleConfig
 
 # Sections whose settings depend on the option that is chosen for their group.
@@ -18,6 +19,7 @@ KINDS: dict[type, dict[str, type[Any]]] = {
     ModelConfig: dict(MODEL_KINDS),
     DataConfig: dict(DATA_KINDS),
     ScheduleConfig: dict(SCHEDULE_KINDS),
+    OptimizerConfig: dict(OPTIMIZER_KINDS),
 }
 
 

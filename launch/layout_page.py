@@ -46,6 +46,7 @@ FEATURES = (
     Feature("optimizer on the CPU", {"parallel.offload_optimizer": Offload.cpu}),
     Feature("weights on the CPU", {"parallel.offload_parameters": Offload.cpu}),
     Feature("BF16", {"precision.dtype": Dtype.bf16}),
+    Feature("Muon", {"optimizer.kind": "muon"}),
 )
 
 

@@ -74,18 +74,22 @@ class AdamW(torch.optim.Optimizer):
         state: dict[str, Any] = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            for name in MOMENTS:
+            for name in self.kept(parameter):
                 self.format.start(state, name, parameter)
         return state
 
+    def kept(self, parameter: Tensor) -> tuple[str, ...]:  # noqa: ARG002
+        """Names of what is kept for a parameter: one number for each of its elements."""
+        return MOMENTS
+
     def open_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The parameter's moments by name, 1-D, to be saved or to be filled by a load."""
+        """What is kept for a parameter, 1-D, to be saved or to be filled by a load."""
         state = self.start(parameter)
-        return {name: self.format.open(state, name) for name in MOMENTS}
+        return {name: self.format.open(state, name) for name in self.kept(parameter)}
 
     def finish_load(self, *, updates: int) -> None:
         """Take over what was filled into `open_state`, and the number of updates it has seen."""
-        for state in self.state.values():
+        for parameter, state in self.state.items():
             state["step"].fill_(updates)
-            for name in MOMENTS:
+            for name in self.kept(parameter):
                 self.format.close(state, name)

@@ -1,7 +1,7 @@
 """The whole run as one typed tree, and how it travels to the ranks.
 
 The launcher composes it once and writes it into the run's folder; ranks read that file and
-never compose again. In groups with several kinds (`model`, `data`, `schedule`) `kind` says which.
+never compose again. In groups with several kinds (`model`, `data`, ...) `kind` says which.
 """
 
 from dataclasses import dataclass, field, fields
@@ -19,7 +19,7 @@ from train.ema import EMAConfig, check_ema
 from train.evaluation import EvaluationConfig, check_evaluation
 from train.journal import LoggingConfig, check_logging
 from train.layout_rules import Layout, check_layout
-from train.optimizer import OptimizerConfig, check_optimizer
+from train.optimizer import OPTIMIZER_KINDS, OptimizerConfig, check_optimizer
 from train.parallel import ParallelConfig, check_parallel
 from train.precision import PrecisionConfig
 from train.schedule import SCHEDULE_KINDS, ScheduleConfig, check_schedule
@@ -137,6 +137,8 @@ def typed(values: Any, schema: type[Config]) -> Config:
     config.model = model_schema(values["model"]["kind"])
     config.data = DATA_KINDS[values["data"]["kind"]]
     config.schedule = SCHEDULE_KINDS[values["schedule"]["kind"]]
+    if "optimizer" in values:
+        config.optimizer = OPTIMIZER_KINDS[values["optimizer"]["kind"]]
     filled = OmegaConf.to_object(OmegaConf.merge(config, values))
     assert isinstance(filled, schema)
     return filled

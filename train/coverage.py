@@ -32,14 +32,14 @@ def check_coverage(
     missing = []
     for name in sorted(stored.keys() | wanted.keys()):
         if name not in stored:
-            if not _matches(name, allow_missing):
+            if not matches(name, allow_missing):
                 raise ValueError(
                     f"{where} lacks {name}, which this model has; to start it from its initial "
                     f"value, name it in checkpoint.allow_missing"
                 )
             missing.append(name)
         elif name not in wanted:
-            if not _matches(name, allow_surplus):
+            if not matches(name, allow_surplus):
                 raise ValueError(
                     f"{where} has {name}, which this model lacks; to leave it, name it in "
                     "checkpoint.allow_surplus"
@@ -53,5 +53,6 @@ def check_coverage(
     return missing
 
 
-def _matches(name: str, patterns: Collection[str]) -> bool:
+def matches(name: str, patterns: Collection[str]) -> bool:
+    """Whether one of the patterns (as in a shell) names it."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)

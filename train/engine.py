@@ -28,11 +28,12 @@ from model.attention import attend
 from model.init import first_experts, initial_value, initialise
 from model.moe import MoE
 from model.transformer import Sums, Transformer
-from train.adamw import MOMENTS, AdamW
+from train.adamw import AdamW
 from train.config import RunConfig
 from train.deepspeed_config import deepspeed_config
 from train.manifest import Fragment
-from train.optimizer import build_optimizer, parameter_groups
+from train.muon import Muon
+from train.optimizer import build_optimizer, kept_states, parameter_groups
 from train.parallel import ParallelConfig
 from train.precision import Dtype
 from train.ranks import Ranks, connect, read_device
@@ -45,8 +46,9 @@ from train.sharding import Sharding, StepResult
 # compiler is needed); gloo does without it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-# DeepSpeed lets only optimizers that it knows run under ZeRO. Ours is element by element.
-ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
+# DeepSpeed lets only optimizers that it knows run under ZeRO. Ours are element by element, or know
+# where their matrices lie.
+ZERO_SUPPORTED_OPTIMIZERS += [AdamW, Muon]
 
 
 def join(config: ParallelConfig, *, timeout_minutes: float) -> Ranks:
@@ -74,6 +76,7 @@ class Engine:
 
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.ranks = ranks
+        self._config = config
         parallel = config.parallel
         expert_group = None
         if parallel.expert > 1:
@@ -164,7 +167,7 @@ class Engine:
         """Name and shape of every logical tensor of the state, whoever owns it."""
         shapes = {}
         for name in self._shapes:
-            for kind in ("weight", *MOMENTS):
+            for kind in ("weight", *kept_states(name, self._config.optimizer)):
                 shapes[f"{kind}/{name}"] = self._logical_place(name)[0]
         for name, buffer in self.model.named_buffers():
             shapes[f"buffer/{name}"] = tuple(buffer.shape)

@@ -182,6 +182,21 @@ RULES: tuple[Rule, ...] = (
         ),
         why="below ZeRO 3 the accelerator holds all weights at all times",
     ),
+    Rule(
+        settings=("parallel.zero_stage", "optimizer.kind"),
+        is_broken=lambda layout: (
+            layout.parallel.zero_stage == 3 and layout.optimizer.kind == "muon"
+        ),
+        why="Muon needs whole matrices, and stage 3 cuts each of them over all ranks",
+    ),
+    Rule(
+        settings=("parallel.offload_optimizer", "optimizer.kind"),
+        is_broken=lambda layout: (
+            layout.parallel.offload_optimizer is not Offload.none
+            and layout.optimizer.kind == "muon"
+        ),
+        why="Muon's products and the exchange of cut matrices need the accelerator",
+    ),
     *(_whole_micro_batches(size) for size in BATCH_SIZES),
 )
 

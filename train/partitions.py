@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from train.adamw import AdamW
+from train.matrix_parts import Matrices, MatrixParts, matrices_of
+from train.muon import Muon
 from train.sharding import Stretch
 
 
@@ -35,6 +37,18 @@ class GradientPartitions:
             yield Stretch(
                 name, mapping.lp_fragment_address.start, _cut(flat, part, self._optimizer)
             )
+
+    def place_matrices(self, model: nn.Module, optimizer: Muon) -> None:
+        """Tell the optimizer which matrices its flat tensors consist of, wherever they are cut."""
+        found: list[list[Matrices]] = [[] for _ in self.masters()]
+        for parameter in model.parameters():
+            mapping: Any = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None and parameter.ndim >= 2:
+                start = mapping.hp_fragment_address.start - mapping.lp_fragment_address.start
+                found[mapping.param_group_index].append(matrices_of(parameter, start=start))
+        groups = self._zero.real_dp_process_group
+        for flat, matrices, group in zip(self.masters(), found, groups, strict=True):
+            optimizer.place(flat, MatrixParts(matrices, size=flat.numel(), group=group))
 
     def gradients(self, model: nn.Module) -> Iterator[Stretch]:
         for name, parameter in model.named_parameters():

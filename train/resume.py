@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from train.changed_optimizer import check_algorithm
 from train.checkpoint import Checkpoints, load
 from train.config import RunConfig, describe_config
 from train.config_diff import diff_values
@@ -64,7 +65,10 @@ class Resumption:
 
     def _continue(self, source: Checkpoints, manifest: Manifest) -> Beginning:
         self._check_tokenizer(manifest, source)
-        missing = self._check_coverage(manifest, self.engine.tensors())
+        wanted = self.engine.tensors()
+        allowed = self.config.checkpoint.allow_missing
+        check_algorithm(manifest, wanted, self.config.optimizer, allow_missing=allowed)
+        missing = self._check_coverage(manifest, wanted)
         folder = source.path(manifest.step)
         fragments = [*self.engine.fragments(), *self.engine.buffers()]
         load(folder, manifest, [one for one in fragments if one.name not in missing])

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from train.adamw import AdamW
+from train.muon import Muon
 from train.partitions import GradientPartitions, ParameterPartitions
 from train.sharding import StepResult, Stretch
 
@@ -20,6 +21,9 @@ class Sharded:
         is_stage_3 = engine.zero_optimization_partition_weights()
         kind = ParameterPartitions if is_stage_3 else GradientPartitions
         self._partitions: ParameterPartitions | GradientPartitions = kind(self._zero, optimizer)
+        if isinstance(optimizer, Muon):
+            assert isinstance(self._partitions, GradientPartitions), "refused: layout_rules.py"
+            self._partitions.place_matrices(engine.module, optimizer)
 
     def forward(self, *inputs: Any, **settings: Any) -> Any:
         return self._engine(*inputs, **settings)

@@ -14,7 +14,7 @@ from train.checkpoint import Checkpoints, check_coverage, load
 from train.config import RunConfig, check_run
 from train.engine import Engine, join
 from train.moments import Moments
-from train.optimizer import OptimizerConfig
+from train.optimizer import MuonConfig, OptimizerConfig
 from train.parallel import ParallelConfig
 from train.ranks import Ranks
 from train.update import count_denominators, update
@@ -30,6 +30,7 @@ CHOICES = {
     "adamw": OptimizerConfig(),
     "adamw_bf16": OptimizerConfig(moments=Moments.bf16),
     "adamw_8bit": OptimizerConfig(moments=Moments.int8),
+    "muon": MuonConfig(),
 }
 
 # Half the spacing of the stored numbers at their largest, relative to that (8 bits: and a little).

@@ -11,6 +11,7 @@ from tests.ranks import run_ranks
 from tests.train.tiny import random_batches, tiny_model, tiny_run
 from train.config import RunConfig, check_run
 from train.engine import Engine, join
+from train.optimizer import OptimizerConfig
 from train.parallel import ParallelConfig
 from train.precision import Dtype, PrecisionConfig
 from train.ranks import Ranks
@@ -68,6 +69,7 @@ def train_layout(
     accumulation: int = 1,
     dtype: Dtype = Dtype.fp32,
     model: ModelConfig | None = None,
+    optimizer: OptimizerConfig | None = None,
     **layout: Any,
 ) -> Trained:
     """The first rank's view of three steps on a layout; eight sequences make a global batch."""
@@ -76,6 +78,7 @@ def train_layout(
     config = tiny_run(
         folder,
         model=model or tiny_model(),
+        optimizer=optimizer or OptimizerConfig(),
         parallel=parallel,
         precision=PrecisionConfig(dtype=dtype),
     )
