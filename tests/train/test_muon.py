@@ -91,7 +91,7 @@ def test_an_orthogonalised_matrix_has_singular_values_near_one() -> None:
 
 @pytest.mark.parametrize("size_of_part", [452, 500, 2000])
 def test_flat_parts_that_cut_matrices_anywhere_step_like_whole_ones(size_of_part: int) -> None:
-    """Four ranks share a row of matrices: one over three parts, several in one, none but padding."""
+    """Four ranks share a row of matrices: one lies in three parts, one part is all padding."""
     shapes = ((60, 20), (4, 10, 6), (9, 13), (25, 7), (3, 5, 5))
     padded = 4 * size_of_part
 

@@ -1,5 +1,6 @@
 """Every optimizer trains, saves and resumes bit for bit under ZeRO with experts spread."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from tests.train.tiny import random_batches, tiny_run
 from train.checkpoint import Checkpoints, check_coverage, load
 from train.config import RunConfig, check_run
 from train.engine import Engine, join
+from train.loop import train
 from train.moments import Moments
 from train.optimizer import MuonConfig, OptimizerConfig
 from train.parallel import ParallelConfig
 from train.ranks import Ranks
+from train.run import Run
 from train.update import count_denominators, update
 
 ABOUT: dict[str, Any] = {
@@ -122,3 +125,79 @@ def test_moments_of_one_precision_load_into_another(
             assert error <= COARSEST[after], name
 
     run_ranks(1, be_rank)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_step_with_gradients_that_are_not_finite_changes_nothing(
+    tmp_path: Path, choice: str
+) -> None:
+    """One rank's are not; both skip. Then every group follows the schedule's rate again."""
+    config = config_of(tmp_path, CHOICES[choice], expert=2, zero_stage=2)
+
+    def be_rank() -> None:
+        engine, ranks = start(config)
+        train_steps(engine, ranks, config, range(1))
+        before = state_of(engine)
+        if ranks.rank == 1:
+            weight = engine.model.norm.weight
+            poison = weight.register_hook(lambda grad: grad * float("nan"))
+        batches = random_batches(1, rank=ranks.rank, num_ranks=ranks.count, micro_batch_size=2)
+        over = count_denominators(batches, config.model, ranks)
+        report = update(engine, batches, over, config=config.model, lr=0.5)
+        assert not report.is_applied
+        after = state_of(engine)
+        for name, tensor in before.items():
+            assert torch.equal(after[name], tensor), name
+        if ranks.rank == 1:
+            poison.remove()
+        train_steps(engine, ranks, config, range(1, 2))
+        for group in engine._optimizer.param_groups:
+            assert group["lr"] == 1e-3
+            (flat,) = group["params"]
+            assert engine._optimizer.state[flat]["step"] == 2
+
+    run_ranks(2, be_rank)
+
+
+def change_optimizer(
+    corpus: Path, folder: Path, before: OptimizerConfig, after: OptimizerConfig
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The state that a run saves with one optimizer, and what a start with another makes of it."""
+    config = tiny_run(folder, optimizer=before)
+    config.data.folder = str(corpus)
+    config.schedule.steps = 2
+    Path(config.run_dir).mkdir(parents=True)
+
+    def save_and_start() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        ranks = join(config.parallel, timeout_minutes=1)
+        train(config, ranks)
+        saved = state_of(Run(config, ranks).engine)
+        config.optimizer = after
+        return saved, state_of(Run(config, ranks).engine)
+
+    return run_ranks(1, save_and_start)[0]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "missing"),
+    [
+        (OptimizerConfig(), MuonConfig(), "momentum/layers.0.attention.kv_down.weight"),
+        (MuonConfig(), OptimizerConfig(), "exp_avg/layers.0.attention.kv_down.weight"),
+    ],
+)
+def test_another_algorithm_is_refused_unless_its_missing_state_may_start_from_zero(
+    corpus: Path, tmp_path: Path, before: OptimizerConfig, after: OptimizerConfig, missing: str
+) -> None:
+    message = (
+        rf"optimizer.kind={after.kind} keeps {missing}, which step 2's checkpoint "
+        rf"\(optimizer.kind={before.kind}\) lacks; choose optimizer={before.kind}, or "
+        "optimizer.start_missing_state=true"
+    )
+    with pytest.raises(AssertionError, match=message):
+        change_optimizer(corpus, tmp_path / "refused", before, after)
+    willing = replace(after, start_missing_state=True)
+    saved, got = change_optimizer(corpus, tmp_path / "changed", before, willing)
+    assert f"{missing}@0" in got.keys() - saved.keys()
+    for name, tensor in got.items():
+        expected = saved[name] if name in saved else torch.zeros_like(tensor)
+        assert torch.equal(tensor, expected), name
