@@ -12,7 +12,7 @@ from model.recompute import Recompute
 from model.router import RouterConfig
 from train.layout_rules import RULES, Layout, broken_rules, describe_value
 from train.optimizer import OptimizerConfig
-from train.parallel import ZERO_STAGES, Offload, ParallelConfig
+from train.parallel import ZERO_STAGES, Offload, ParallelConfig, PipelineSchedule
 from train.precision import Dtype, PrecisionConfig
 from train.schedule import ConstantSchedule
 
@@ -41,6 +41,12 @@ class Feature(NamedTuple):
 FEATURES = (
     Feature("expert parallel", {"parallel.expert": 2}),
     Feature("sequence parallel", {"parallel.sequence": 2}),
+    Feature("pipeline", {"parallel.pipeline": 2}),
+    *(
+        Feature(f"pipeline, {kind}", {"parallel.pipeline": 2, "parallel.pipeline_schedule": kind})
+        for kind in PipelineSchedule
+        if kind is not PipelineSchedule.one_f_one_b
+    ),
     Feature("recompute, selective", {"parallel.recompute": Recompute.selective}),
     Feature("recompute, full", {"parallel.recompute": Recompute.full}),
     Feature("optimizer on the CPU", {"parallel.offload_optimizer": Offload.cpu}),

@@ -45,6 +45,12 @@ class ModelConfig:
     moe: MoEConfig | None = None
     mtp: MTPConfig = field(default_factory=MTPConfig)
 
+    @property
+    def num_moe_layers(self) -> int:
+        """Blocks with experts; MTP's, which are as the last layer, come on top."""
+        num_sparse = self.num_layers - self.num_dense_layers
+        return num_sparse + self.mtp.depth * (num_sparse > 0)
+
 
 @dataclass(slots=True, kw_only=True)
 class MLAModelConfig(ModelConfig):

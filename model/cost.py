@@ -97,16 +97,35 @@ def flops_by_component(config: ModelConfig, *, seq_len: int) -> dict[str, float]
     return flops
 
 
+def flops_by_block(config: ModelConfig, *, seq_len: int) -> list[float]:
+    """FLOPs of training on one token, block by block; the last entry is what follows them."""
+    per_layer = FLOPS_PER_WEIGHT * config.attention.product_dims * (seq_len + 1) / 2
+    with torch.device("meta"):
+        model = Transformer(config)
+    blocks = [
+        per_layer
+        + FLOPS_PER_WEIGHT * sum(_active(p, config) for p in block.parameters() if p.ndim > 1)
+        for block in model.layers
+    ]
+    by_component = flops_by_component(config, seq_len=seq_len)
+    return [*blocks, by_component[HEAD] + by_component[MTP]]
+
+
 def _named_parameters(config: ModelConfig) -> Iterator[tuple[str, nn.Parameter, int]]:
     """Component, tensor, and how many of its elements are active, for every parameter."""
     with torch.device("meta"):
         model = Transformer(config)
     for name, parameter in model.named_parameters():
         component = component_of(name)
-        active = parameter.numel()
-        if parameter.ndim == 3:  # a stack of routed experts
-            assert config.moe is not None, "a dense model has no stacks"
-            active = active * config.moe.top_k // config.moe.num_experts
+        active = _active(parameter, config)
         if component == EMBEDDING and not config.tie_embedding:
             active = 0
         yield component, parameter, active
+
+
+def _active(parameter: nn.Parameter, config: ModelConfig) -> int:
+    """How many of a product's weights one token meets."""
+    if parameter.ndim < 3:
+        return parameter.numel()
+    assert config.moe is not None, "a stack is of routed experts"
+    return parameter.numel() * config.moe.top_k // config.moe.num_experts

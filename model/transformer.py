@@ -3,7 +3,8 @@
 B batch, S sequence, D model width, V vocabulary, L MoE layers, E experts, M MTP depth.
 """
 
-from typing import NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -11,12 +12,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from model.block import Block
+from model.block import Block, BlockOutput
 from model.cache import Cache
 from model.config import ModelConfig
 from model.loss import summed_cross_entropy
+from model.moe import MoE
 from model.mtp import MTP, shift_back, shift_targets
 from model.norm import RMSNorm
+from model.part import Part, whole
 from model.recompute import Recompute, recomputed
 from model.rope import Rotation, rotation
 from model.router import Router
@@ -32,9 +35,43 @@ class Sums(NamedTuple):
     group_balance_losses: Float[Tensor, "2"]  # likewise: device-level, communication; 0 if unused
     load: Int64[Tensor, "L E"]  # choices per MoE layer, MTP's layers last
 
+    def detached(self) -> "Sums":
+        """The same without gradients, in fp64, to add up those of many micro-batches."""
+        return Sums(*(x.detach() if x.dtype == torch.int64 else x.detach().double() for x in self))
+
+    def plus(self, other: "Sums") -> "Sums":
+        return Sums(*(one + another for one, another in zip(self, other, strict=True)))
+
+
+class MicroBatch(NamedTuple):
+    """What the model is given of some sequences.
+
+    T = S, or more where only a part of each sequence is here: then up to M tokens that follow it
+    come along, for MTP to look ahead.
+    """
+
+    tokens: Int64[Tensor, "B T"]
+    targets: Int64[Tensor, "B T"]  # the next tokens, IGNORED where nothing is predicted
+    positions: Int64[Tensor, "B S"]
+    counted: Bool[Tensor, "B T"]  # False at padding
+    segments: list[int]  # the documents' lengths in reading order
+
+
+class Advanced(NamedTuple):
+    """What a part of the model makes of a micro-batch."""
+
+    hidden: Float[Tensor, "B S D"]  # that the next part continues from
+    sums: Sums  # of this part alone; zero where other parts have a loss or a load
+
 
 class Transformer(nn.Module):
-    """A decoder-only language model of blocks, dense or MoE."""
+    """A decoder-only language model of blocks, dense or MoE.
+
+    In a pipeline it holds the `parts` of one rank; blocks keep their names and indices.
+    """
+
+    embed: nn.Embedding  # None in parts that need none, as norm
+    norm: RMSNorm
 
     def __init__(
         self,
@@ -43,13 +80,21 @@ class Transformer(nn.Module):
         expert_group: dist.ProcessGroup | None = None,
         sequences: Sequences | None = None,
         recompute: Recompute = Recompute.none,
+        parts: Sequence[Part] | None = None,
     ) -> None:
         """Weights mean nothing yet: `model.init.initialise` or a checkpoint fills them."""
         super().__init__()
         self.config = config
         self.recompute = recompute
+        self.parts = list(parts or [whole(config)])
         sequences = sequences or WholeSequences()
-        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        has_end = any(part.is_last for part in self.parts)
+        is_embedding_read_again = has_end and (config.tie_embedding or config.mtp.depth > 0)
+        has_embedding = is_embedding_read_again or any(part.is_first for part in self.parts)
+        self.register_module(
+            "embed", nn.Embedding(config.vocab_size, config.dim) if has_embedding else None
+        )
+        held = {i for part in self.parts for i in part.layers}
         self.layers = nn.ModuleList(
             Block(
                 config,
@@ -57,15 +102,17 @@ class Transformer(nn.Module):
                 expert_group=expert_group,
                 sequences=sequences,
             )
+            if i in held
+            else nn.Identity()  # on another rank; keeps the others' names
             for i in range(config.num_layers)
         )
-        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.register_module("norm", RMSNorm(config.dim, eps=config.norm_eps) if has_end else None)
         self.head: nn.Linear | None = None
-        if not config.tie_embedding:
+        if has_end and not config.tie_embedding:
             self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.mtp = nn.ModuleList(
             MTP(config, expert_group=expert_group, sequences=sequences)
-            for _ in range(config.mtp.depth)
+            for _ in range(config.mtp.depth if has_end else 0)
         )
 
     def forward(
@@ -77,51 +124,47 @@ class Transformer(nn.Module):
         *,
         segments: list[int],
     ) -> Sums:
-        """Losses and load of a micro-batch; nothing is divided yet.
+        """Losses and load of a micro-batch; nothing is divided yet. See `MicroBatch`."""
+        (part,) = self.parts
+        batch = MicroBatch(tokens, targets, positions, counted, segments)
+        return self.advance(part, None, batch).sums
 
-        `targets` are the next tokens, IGNORED where nothing is predicted; `counted` marks the
-        tokens that are no padding; `segments` are the documents' lengths in reading order.
-        T = S, or more where only a part of each sequence is here: then up to M tokens that follow
-        it come along, for MTP to look ahead.
-        """
-        turn = self._rotation(positions)
-        here = slice(positions.shape[1])
-        embedded = self.embed(tokens)
-        hidden = embedded[:, here]
-        loads, balance_losses, group_losses = [], [], []
+    def advance(
+        self, part: Part, hidden: Float[Tensor, "B S D"] | None, batch: MicroBatch
+    ) -> Advanced:
+        """One part's blocks, and after the last the losses; `hidden` is None before the first."""
+        length = batch.positions.shape[1]
+        turn, segments = self._rotation(batch.positions), batch.segments
+        embedded = self.embed(batch.tokens) if part.is_first or len(self.mtp) else None
+        if hidden is None:
+            assert embedded is not None, "the first part has the embedding"
+            hidden = embedded[:, :length]
+        tally = _Tally(self.config, device=hidden.device)
+        counted = batch.counted[:, :length]
+        for i in part.layers:
+            out = self._run(self.layers[i], hidden, turn, counted, segments=segments)
+            hidden = tally.add(i, out)
+        if not part.is_last:
+            return Advanced(hidden, tally.sums())
 
-        def run(block: nn.Module, *inputs: Tensor, counted: Tensor) -> Tensor:
-            arguments = (*inputs, turn, counted)
-            out = recomputed(block, mode=self.recompute)(*arguments, segments=segments)
-            if out.load is not None:
-                loads.append(out.load)
-                balance_losses.append(out.balance_loss)
-                group_losses.append(out.group_balance_losses)
-            return out.hidden
-
-        for layer in self.layers:
-            hidden = run(layer, hidden, counted=counted[:, here])
         hidden = self.norm(hidden)
-        loss = summed_cross_entropy(
-            hidden.flatten(0, 1), self.head_weight, targets[:, here].flatten()
-        )
-
-        mtp_losses = []
+        tally.losses.append(self._loss(hidden, batch.targets[:, :length]))
         for depth, mtp in enumerate(self.mtp, start=1):
-            ahead = shift_back(embedded, depth)[:, here]
-            is_real = counted & shift_back(counted, depth)
-            hidden = run(mtp, hidden, ahead, counted=is_real[:, here])
-            wanted = shift_targets(targets, depth)[:, here]
-            mtp_losses.append(
-                summed_cross_entropy(hidden.flatten(0, 1), self.head_weight, wanted.flatten())
-            )
-        return Sums(
-            loss=loss,
-            mtp_loss=torch.stack(mtp_losses) if mtp_losses else loss.new_zeros(0),
-            balance_loss=sum(balance_losses, loss.new_zeros(())),
-            group_balance_losses=sum(group_losses, loss.new_zeros(2)),
-            load=torch.stack(loads) if loads else tokens.new_zeros(0, 0),
-        )
+            assert embedded is not None, "a part with MTP has the embedding"
+            ahead = shift_back(embedded, depth)[:, :length]
+            counted = (batch.counted & shift_back(batch.counted, depth))[:, :length]
+            out = self._run(mtp, hidden, ahead, turn, counted, segments=segments)
+            hidden = tally.add(self.config.num_layers + depth - 1, out)
+            wanted = shift_targets(batch.targets, depth)[:, :length]
+            tally.losses.append(self._loss(hidden, wanted))
+        return Advanced(hidden, tally.sums())
+
+    def _run(self, block: nn.Module, *inputs: Any, segments: list[int]) -> BlockOutput:
+        output: BlockOutput = recomputed(block, mode=self.recompute)(*inputs, segments=segments)
+        return output
+
+    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return summed_cross_entropy(hidden.flatten(0, 1), self.head_weight, targets.flatten())
 
     def decode(
         self,
@@ -172,13 +215,42 @@ class Transformer(nn.Module):
         return F.linear(self.norm(hidden), self.head_weight)
 
     @property
+    def has_copied_embedding(self) -> bool:
+        """Whether the embedding here belongs to another rank, which has the first part."""
+        return self.embed is not None and not any(part.is_first for part in self.parts)
+
+    @property
+    def reads_embedding_in_chain(self) -> bool:
+        """Whether, after the last block, a state made with the embedding meets it again.
+
+        Its gradient can't be put off apart from those in between then: torch 2.13's
+        `stage_backward_weight` would free on the way what the others need.
+        """
+        reads = self.config.mtp.depth * (1 + self.config.tie_embedding)
+        return reads > 1
+
+    @property
     def head_weight(self) -> Float[Tensor, "V D"]:
         """The head's matrix: its own, or the embedding's."""
         return self.embed.weight if self.head is None else self.head.weight
 
-    def routers(self) -> list[Router]:
-        """The routers in the order of `Sums.load`."""
-        return [module for module in self.modules() if isinstance(module, Router)]
+    def modules_of(self, part: Part) -> list[nn.Module]:
+        """The modules whose parameters a part uses."""
+        ends: list[nn.Module] = (
+            [self.embed] if part.is_first or (part.is_last and self.embed is not None) else []
+        )
+        if part.is_last:
+            ends += [self.norm, *([self.head] if self.head is not None else []), *self.mtp]
+        return [*(self.layers[i] for i in part.layers), *ends]
+
+    def routers(self) -> dict[int, Router]:
+        """The routers that are here, by their rows in `Sums.load`."""
+        blocks = [*self.layers, *(cast(MTP, mtp).block for mtp in self.mtp)]
+        return {
+            i - self.config.num_dense_layers: block.ffn.router
+            for i, block in enumerate(blocks)
+            if isinstance(block, Block) and isinstance(block.ffn, MoE)
+        }
 
     def _rotation(self, positions: Int64[Tensor, "B S"]) -> Rotation:
         return rotation(self.config.rope, positions, dim=self.config.attention.rotated_dim)
@@ -193,3 +265,37 @@ class Transformer(nn.Module):
             return self._rotation(positions), None
         positions = (positions - padding[:, None]).clamp(min=0)
         return self._rotation(positions), places < padding[:, None]
+
+
+class _Tally:
+    """Losses and load of a pass through blocks, as they come."""
+
+    def __init__(self, config: ModelConfig, *, device: torch.device) -> None:
+        self.config = config
+        self.losses: list[Tensor] = []  # main and MTP's, where the last block is
+        rows = config.num_moe_layers
+        columns = config.moe.num_experts if config.moe and rows else 0
+        self.load = torch.zeros(rows, columns, dtype=torch.int64, device=device)
+        self.balance_loss = torch.zeros((), device=device)
+        self.group_balance_losses = torch.zeros(2, device=device)
+
+    def add(self, layer: int, output: BlockOutput) -> Tensor:
+        """The block's state; MTP's blocks count on after the layers."""
+        if output.load is not None:
+            assert output.balance_loss is not None
+            assert output.group_balance_losses is not None
+            self.load[layer - self.config.num_dense_layers] = output.load
+            self.balance_loss = self.balance_loss + output.balance_loss
+            self.group_balance_losses = self.group_balance_losses + output.group_balance_losses
+        return output.hidden
+
+    def sums(self) -> Sums:
+        none = [torch.zeros((), device=self.load.device)] * (1 + self.config.mtp.depth)
+        loss, *mtp_losses = self.losses or none
+        return Sums(
+            loss=loss,
+            mtp_loss=torch.stack(mtp_losses) if mtp_losses else loss.new_zeros(0),
+            balance_loss=self.balance_loss,
+            group_balance_losses=self.group_balance_losses,
+            load=self.load,
+        )

@@ -8,7 +8,7 @@ is here and in `train/partitions.py`, with its reasons.
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -27,7 +27,7 @@ from data.batches import Batch
 from model.attention import attend
 from model.init import first_experts, initial_value, initialise
 from model.moe import MoE
-from model.transformer import Sums, Transformer
+from model.transformer import MicroBatch, Sums, Transformer
 from train.adamw import AdamW
 from train.config import RunConfig
 from train.deepspeed_config import deepspeed_config
@@ -35,12 +35,14 @@ from train.manifest import Fragment
 from train.muon import Muon
 from train.optimizer import build_optimizer, kept_states, parameter_groups
 from train.parallel import ParallelConfig
+from train.pipeline import Pipeline
 from train.precision import Dtype
 from train.ranks import Ranks, connect, read_device
 from train.replicated import Replicated
 from train.sequences import cut
 from train.sharded import Sharded
 from train.sharding import Sharding, StepResult
+from train.stages import Stages, plan_stages
 
 # The op for shared-memory collectives on the CPU is compiled at start-up (a minute, and a
 # compiler is needed); gloo does without it.
@@ -67,8 +69,12 @@ def join(config: ParallelConfig, *, timeout_minutes: float) -> Ranks:
         verbose=False,
     )
     if config.expert > 1:
-        groups._create_expert_and_data_parallel(config.expert)
-    return connect(timeout_minutes=timeout_minutes, ranks_per_sequence=config.sequence)
+        groups._create_expert_and_data_parallel(config.expert, pp_size=config.pipeline)
+    return connect(
+        timeout_minutes=timeout_minutes,
+        parts_per_sequence=config.sequence,
+        pipeline_ranks=config.pipeline,
+    )
 
 
 class Engine:
@@ -85,6 +91,7 @@ class Engine:
         if ranks.sequence_group is not None:
             sequences = UlyssesSequences(ranks.sequence_group)
         self._look_ahead = config.model.mtp.depth
+        stages = plan_stages(parallel, config.model, seq_len=config.data.seq_len)
         # Under ZeRO 3 no rank ever holds the whole model: weights are made and cut one by one.
         is_cut_at_birth = parallel.zero_stage == 3
         with torch.device("meta") if is_cut_at_birth else nullcontext():
@@ -93,33 +100,46 @@ class Engine:
                 expert_group=expert_group,
                 sequences=sequences,
                 recompute=parallel.recompute,
+                parts=stages.of(ranks.pipeline_rank),
             )
         self.model = model
         self._first_experts = first_experts(model)
         self._num_experts = config.model.moe.num_experts if config.model.moe else 0
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self._optimizer, self._sharding = self._shard(config)
+        self._pipeline: Pipeline | None = None
+        if ranks.pipeline_group is not None:
+            self._pipeline = self._lay_pipeline(stages, config)
         for master in self._sharding.masters():  # before the first step, so that it can be loaded
             self._optimizer.start(master)
         if config.precision.dtype is not Dtype.fp32 and parallel.zero_stage > 0:
             self._restore_masters(config)
 
+    def accumulate(self, batches: list[Batch], share_of: Callable[[Sums], Tensor]) -> Sums:
+        """Forward and backward over the step's micro-batches; what they add up to on this rank.
+
+        `share_of` gives the loss that some sums contribute: the shares of all ranks and
+        micro-batches add up to the loss whose gradients are left.
+        """
+        if self._pipeline is not None:
+            return self._pipeline.run([self._take(batch) for batch in batches], share_of)
+        total: Sums | None = None
+        for i, batch in enumerate(batches):
+            sums = self.forward(batch)
+            self.backward(share_of(sums), is_last=i == len(batches) - 1)
+            total = sums.detached() if total is None else total.plus(sums.detached())
+        assert total is not None, "a global batch has at least one micro-batch per rank"
+        return total
+
     def forward(self, batch: Batch) -> Sums:
-        """The model's sums for this rank's part of a micro-batch of its replica."""
-        device = self.ranks.device
-        batch = cut(
-            batch,
-            self.ranks.place_in_replica,
-            parts=self.ranks.ranks_per_replica,
-            ahead=self._look_ahead,
-        )
-        sums: Sums = self._sharding.forward(
-            batch.tokens.to(device, non_blocking=True),
-            batch.targets.to(device, non_blocking=True),
-            batch.positions.to(device, non_blocking=True),
-            batch.is_real.to(device, non_blocking=True),
-            segments=batch.document_lengths,
-        )
+        """The model's sums for this rank's part of a micro-batch of its replica.
+
+        In a pipeline without gradients, and zero where other stages have a loss or a load.
+        """
+        taken = self._take(batch)
+        if self._pipeline is not None:
+            return self._pipeline.forward(taken)
+        sums: Sums = self._sharding.forward(*taken[:-1], segments=taken.segments)
         return sums
 
     def backward(self, share_of_loss: Tensor, *, is_last: bool) -> None:
@@ -131,7 +151,10 @@ class Engine:
 
     def step(self, lr: float) -> StepResult:
         """Clip and update, or skip the step if a gradient anywhere is not finite."""
-        return self._sharding.step(lr)
+        result = self._sharding.step(lr)
+        if self._pipeline is not None:
+            self._pipeline.copy_embedding()
+        return result
 
     def gradients(self) -> Iterator[Fragment]:
         """Between a step's last `backward` and its `step`: the gradients that this rank owns.
@@ -147,29 +170,31 @@ class Engine:
     def fragments(self) -> Iterator[Fragment]:
         """All state that this rank owns, as live storage under logical names.
 
-        Master weights, the optimizer's moments, and (on the first rank) the routers' biases. Every
-        element is owned by exactly one rank.
+        Master weights, the optimizer's moments, and (on a stage's first rank) the routers' biases.
+        Every element is owned by exactly one rank.
         """
         for name, start, states in self._sharding.stretches():
             shape, first = self._logical_place(name)
             for kind, data in states.items():
                 yield Fragment(f"{kind}/{name}", shape, first + start, data)
-        if self.ranks.is_first:
+        if self.ranks.is_first_of_stage:
             for name, buffer in self.model.named_buffers():
                 yield Fragment(f"buffer/{name}", tuple(buffer.shape), 0, buffer.flatten())
 
     def buffers(self) -> Iterator[Fragment]:
-        """The routers' biases, of which every rank holds a copy to be filled at a load."""
+        """This stage's routers' biases, of which each of its ranks fills a copy at a load."""
         for name, buffer in self.model.named_buffers():
             yield Fragment(f"buffer/{name}", tuple(buffer.shape), 0, buffer.view(-1))
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every logical tensor of the state, whoever owns it."""
+        with torch.device("meta"):
+            whole = Transformer(self.model.config)
         shapes = {}
-        for name in self._shapes:
+        for name, parameter in whole.named_parameters():
             for kind in ("weight", *kept_states(name, self._config.optimizer)):
-                shapes[f"{kind}/{name}"] = self._logical_place(name)[0]
-        for name, buffer in self.model.named_buffers():
+                shapes[f"{kind}/{name}"] = tuple(parameter.shape)
+        for name, buffer in whole.named_buffers():
             shapes[f"buffer/{name}"] = tuple(buffer.shape)
         return shapes
 
@@ -177,6 +202,21 @@ class Engine:
         """Take over what was written into `fragments()`, and how many updates made it."""
         self._sharding.take_over()
         self._optimizer.finish_load(updates=updates)
+        if self._pipeline is not None:
+            self._pipeline.copy_embedding()
+
+    def _take(self, batch: Batch) -> MicroBatch:
+        """This rank's part of the batch's sequences, on its device."""
+        part, parts = self.ranks.sequence_part, self.ranks.parts_per_sequence
+        mine = cut(batch, part, parts=parts, ahead=self._look_ahead)
+        device = self.ranks.device
+        return MicroBatch(
+            tokens=mine.tokens.to(device, non_blocking=True),
+            targets=mine.targets.to(device, non_blocking=True),
+            positions=mine.positions.to(device, non_blocking=True),
+            counted=mine.is_real.to(device, non_blocking=True),
+            segments=mine.document_lengths,
+        )
 
     def _logical_place(self, name: str) -> tuple[tuple[int, ...], int]:
         """Logical shape, and where this rank's part of the tensor begins in it."""
@@ -190,6 +230,9 @@ class Engine:
         """The optimizer over this rank's masters, and who keeps them."""
         model, parallel = self.model, config.parallel
         param_groups = parameter_groups(model, config.optimizer)
+        if self.model.has_copied_embedding:
+            for group in param_groups:  # its owner, on the first stage, updates it
+                group["params"] = [p for p in group["params"] if p is not model.embed.weight]
         if parallel.zero_stage != 3:
             initialise(model, seed=config.seed, std=config.model.init_std)
         if parallel.zero_stage == 0:
@@ -204,9 +247,28 @@ class Engine:
             param_groups = [group for group in param_groups if group["params"]]
         optimizer = build_optimizer(param_groups, config.optimizer)
         engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(config)
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(config),
+            mpu=StageGroups(self.ranks) if self.ranks.stage_group is not None else None,
         )
-        return optimizer, Sharded(engine, optimizer, num_ranks=self.ranks.count)
+        return optimizer, Sharded(engine, optimizer, ranks=self.ranks)
+
+    def _lay_pipeline(self, stages: Stages, config: RunConfig) -> Pipeline:
+        assert self.ranks.pipeline_group is not None
+        assert isinstance(self._sharding, Sharded), "check_layout asks for ZeRO 1"
+        size = config.parallel.micro_batch_size
+        return Pipeline(
+            self.model,
+            stages,
+            group=self.ranks.pipeline_group,
+            schedule=config.parallel.pipeline_schedule,
+            state_shape=(size, config.data.seq_len, config.model.dim),
+            dtype=config.precision.dtype.torch,
+            device=self.ranks.device,
+            num_replicas=self.ranks.num_replicas,
+            sharding=self._sharding,
+        )
 
     def _replicate(self, param_groups: list[dict[str, Any]], config: RunConfig) -> Replicated:
         expert_group = expert_copies = None
@@ -296,6 +358,36 @@ class UlyssesSequences:
         """Sums over the group, of counts that carry no gradient."""
         dist.all_reduce(counts, group=self._group)
         return counts
+
+
+class StageGroups:
+    """What DeepSpeed asks of a model-parallel unit (`mpu`): the ranks that hold a stage.
+
+    It is told of no model parallelism, so that its norm is the stage's own: DeepSpeed 0.19.8 adds
+    up norms over stages group by group of parameters, and hangs where one stage has no experts.
+    `Sharded` adds up the stages' norms instead.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        return self._ranks.stage_group
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._ranks.ranks_per_stage
+
+    def get_data_parallel_rank(self) -> int:
+        return self._ranks.replica
+
+    def get_model_parallel_group(self) -> None:
+        return None
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
 
 
 class _RegisteredMoE(MoE, AutoEPMoELayer):

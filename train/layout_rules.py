@@ -16,9 +16,10 @@ from typing import Any
 from data.config import DataConfig
 from model.config import ModelConfig
 from train.optimizer import OptimizerConfig
-from train.parallel import ZERO_STAGES, Offload, ParallelConfig
+from train.parallel import ZERO_STAGES, Offload, ParallelConfig, PipelineSchedule
 from train.precision import PrecisionConfig
 from train.schedule import ScheduleConfig
+from train.stages import can_run, count_stages
 
 RANKS = "ranks"  # launch.processes, or the hosts' together
 BATCH_SIZES = (
@@ -57,7 +58,7 @@ class Layout:
     @property
     def num_replicas(self) -> int:
         """Ranks, or groups of them, that each read sequences of their own."""
-        return max(self.ranks // self.parallel.sequence, 1)
+        return max(self.ranks // (self.parallel.sequence * self.parallel.pipeline), 1)
 
     @property
     def num_experts(self) -> int:
@@ -85,6 +86,10 @@ CHOICES: dict[str, Callable[[Layout], Iterable[Any]]] = {
     "parallel.zero_stage": lambda layout: _nearest(ZERO_STAGES, layout.parallel.zero_stage),
     "parallel.expert": lambda layout: _nearest(divisors(layout.ranks), layout.parallel.expert),
     "parallel.sequence": lambda layout: _nearest(divisors(layout.ranks), layout.parallel.sequence),
+    "parallel.pipeline": lambda layout: _nearest(divisors(layout.ranks), layout.parallel.pipeline),
+    "parallel.pipeline_schedule": lambda _: PipelineSchedule,
+    "parallel.pipeline_layers": lambda _: (None,),
+    "parallel.overlap_comm": lambda _: (False,),
 }
 
 
@@ -197,7 +202,80 @@ RULES: tuple[Rule, ...] = (
         ),
         why="Muon's products and the exchange of cut matrices need the accelerator",
     ),
+    Rule(
+        settings=("parallel.pipeline", RANKS),
+        is_broken=lambda layout: layout.ranks % layout.parallel.pipeline != 0,
+        why="every stage is held by equally many ranks",
+        problem=lambda layout: (
+            f"parallel.pipeline={layout.parallel.pipeline} does not divide the {layout.ranks} ranks"
+        ),
+    ),
+    Rule(
+        settings=("parallel.sequence", "parallel.pipeline"),
+        is_broken=lambda layout: layout.parallel.sequence > 1 and layout.parallel.pipeline > 1,
+        why="a stage takes whole sequences",
+    ),
+    Rule(
+        settings=("parallel.expert", "parallel.pipeline"),
+        is_broken=lambda layout: (
+            layout.ranks // layout.parallel.pipeline % layout.parallel.expert != 0
+        ),
+        why="a layer's experts are spread over the ranks of its stage",
+        problem=lambda layout: (
+            f"parallel.expert={layout.parallel.expert} does not divide the "
+            f"{layout.ranks // layout.parallel.pipeline} ranks of a stage of "
+            f"parallel.pipeline={layout.parallel.pipeline}"
+        ),
+    ),
+    Rule(
+        settings=("parallel.zero_stage", "parallel.pipeline"),
+        is_broken=lambda layout: layout.parallel.pipeline > 1 and layout.parallel.zero_stage != 1,
+        why="a pipeline's gradients are complete only after its last micro-batch, while ZeRO 2 and "
+        "3 cut them up after each; ZeRO 0 keeps no account of stages",
+    ),
+    Rule(
+        settings=("parallel.overlap_comm", "parallel.pipeline"),
+        is_broken=lambda layout: layout.parallel.pipeline > 1 and layout.parallel.overlap_comm,
+        why="a pipeline's gradients are reduced after its last micro-batch",
+    ),
+    Rule(
+        settings=("parallel.pipeline", "parallel.pipeline_schedule", "model.num_layers"),
+        is_broken=lambda layout: count_stages(layout.parallel) > layout.model.num_layers,
+        why="every stage has a block; all schedules but one_f_one_b have two stages per rank",
+    ),
+    Rule(
+        settings=("parallel.pipeline_layers", "parallel.pipeline", "model.num_layers"),
+        is_broken=lambda layout: (
+            (layers := layout.parallel.pipeline_layers) is not None
+            and (len(layers), sum(layers))
+            != (count_stages(layout.parallel), layout.model.num_layers)
+        ),
+        why="each stage's blocks are given, and together they are the model's",
+        problem=lambda layout: (
+            f"parallel.pipeline_layers={layout.parallel.pipeline_layers} must be "
+            f"{count_stages(layout.parallel)} numbers (one for each stage) that add up to "
+            f"model.num_layers={layout.model.num_layers}"
+        ),
+    ),
+    Rule(
+        settings=("parallel.offload_optimizer", "parallel.pipeline"),
+        is_broken=lambda layout: (
+            layout.parallel.pipeline > 1 and layout.parallel.offload_optimizer is not Offload.none
+        ),
+        why="DeepSpeed sends gradients to the host as single backward passes end",
+    ),
     *(_whole_micro_batches(size) for size in BATCH_SIZES),
+    Rule(
+        settings=("parallel.pipeline_schedule", "parallel.pipeline", "schedule.batch_size"),
+        is_broken=lambda layout: _refused_micro_batches(layout) is not None,
+        why="dualpipev needs as many micro-batches as stages, interleaved and zero_bubble rounds "
+        "of equally many",
+        problem=lambda layout: (
+            f"parallel.pipeline_schedule={layout.parallel.pipeline_schedule} can't put "
+            f"{_refused_micro_batches(layout)} micro-batches (of a batch of that many times "
+            f"{per_pass(layout)} sequences) through parallel.pipeline={layout.parallel.pipeline}"
+        ),
+    ),
 )
 
 
@@ -266,6 +344,16 @@ def _describe_replicas(layout: Layout) -> str:
     if layout.num_replicas == layout.ranks:
         return f"{layout.ranks} ranks"
     return f"{layout.num_replicas} replicas of {layout.ranks // layout.num_replicas} ranks"
+
+
+def _refused_micro_batches(layout: Layout) -> int | None:
+    """A number of micro-batches that some step has and the pipeline's schedule can't take."""
+    if layout.parallel.pipeline == 1:
+        return None
+    ramp, last = layout.schedule.batch_ramp, layout.schedule.batch_size
+    sizes = [last] if ramp.start is None else [*range(ramp.start, last, ramp.increment), last]
+    counts = [size // per_pass(layout) for size in sizes]
+    return next((count for count in counts if not can_run(layout.parallel, count)), None)
 
 
 def divisors(number: int) -> list[int]:

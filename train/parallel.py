@@ -15,12 +15,36 @@ class Offload(StrEnum):
     cpu = "cpu"
 
 
+class PipelineSchedule(StrEnum):
+    """In which order a rank works on its stages' micro-batches (torch.distributed.pipelining)."""
+
+    one_f_one_b = "one_f_one_b"  # one stage per rank; a backward after each forward
+    interleaved = "interleaved"  # two stages per rank, round and round
+    zero_bubble = "zero_bubble"  # interleaved, gradients of weights put off to fill gaps
+    zbv = "zbv"  # two stages per rank, down and up again: first and last meet on one rank
+    dualpipev = "dualpipev"  # DeepSeek's DualPipe cut in half: placed as zbv
+
+    @property
+    def parts_per_rank(self) -> int:
+        return 1 if self is PipelineSchedule.one_f_one_b else 2
+
+    @property
+    def is_v_shaped(self) -> bool:
+        return self in (PipelineSchedule.zbv, PipelineSchedule.dualpipev)
+
+
 @dataclass(slots=True, kw_only=True)
 class ParallelConfig:
     #: Ranks over which each layer's routed experts are spread.
     expert: int = 1
     #: Ranks over which each sequence is spread, for long contexts (DeepSpeed Ulysses).
     sequence: int = 1
+    #: Ranks over which the model's blocks are spread in stages.
+    pipeline: int = 1
+    #: Order of the stages' work: one_f_one_b, interleaved, zero_bubble, zbv or dualpipev.
+    pipeline_schedule: PipelineSchedule = PipelineSchedule.one_f_one_b
+    #: Blocks of each stage, in order; null balances the stages' FLOPs.
+    pipeline_layers: list[int] | None = None
     #: What ranks share out instead of repeating it: 0 nothing, 1 optimizer states, 2 gradients as
     #: well, 3 weights as well (ZeRO).
     zero_stage: int = 1
@@ -47,6 +71,11 @@ def check_parallel(config: ParallelConfig) -> None:
             f"parallel.zero_stage={config.zero_stage} does not exist; choose one of "
             f"{list(ZERO_STAGES)}"
         )
-    for name in ("expert", "sequence", "micro_batch_size", "reduce_bucket_size"):
+    for name in ("expert", "sequence", "pipeline", "micro_batch_size", "reduce_bucket_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"parallel.{name}={getattr(config, name)} must be at least 1")
+    if config.pipeline_layers is not None and min(config.pipeline_layers, default=0) < 1:
+        raise ValueError(
+            f"parallel.pipeline_layers={config.pipeline_layers} leaves a stage without a block; "
+            "give each at least 1, or null to balance the stages by FLOPs"
+        )

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Int64
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -18,7 +20,8 @@ class Ranks:
     `control` is a gloo group: agreement on the host, without touching the device. A process
     that is alone needs none. `background` is another one, for a thread beside the training:
     collectives of one group must not mix. Ranks that work on the same sequences make up a replica
-    of the model; without sequence parallelism each is one of its own.
+    of the model: consecutive ones, with a part of each sequence each, or one of each stage of a
+    pipeline. Otherwise each rank is a replica of its own.
     """
 
     rank: int
@@ -26,21 +29,43 @@ class Ranks:
     device: torch.device
     control: dist.ProcessGroup | None = None
     background: dist.ProcessGroup | None = None
-    ranks_per_replica: int = 1
-    sequence_group: dist.ProcessGroup | None = None  # this replica's ranks, if it has several
+    parts_per_sequence: int = 1
+    pipeline_ranks: int = 1
+    sequence_group: dist.ProcessGroup | None = None  # this replica's, where sequences are shared
+    pipeline_group: dist.ProcessGroup | None = None  # this replica's, where there are stages
+    stage_group: dist.ProcessGroup | None = None  # the ranks with the same stages as this one
 
     @property
-    def replica(self) -> int:
-        """The replica that this rank belongs to: consecutive ranks form one."""
-        return self.rank // self.ranks_per_replica
-
-    @property
-    def place_in_replica(self) -> int:
-        return self.rank % self.ranks_per_replica
+    def ranks_per_replica(self) -> int:
+        return self.parts_per_sequence * self.pipeline_ranks
 
     @property
     def num_replicas(self) -> int:
         return self.count // self.ranks_per_replica
+
+    @property
+    def ranks_per_stage(self) -> int:
+        """Ranks with the same blocks: consecutive ones."""
+        return self.count // self.pipeline_ranks
+
+    @property
+    def pipeline_rank(self) -> int:
+        """This rank's place in its pipeline."""
+        return self.rank // self.ranks_per_stage
+
+    @property
+    def replica(self) -> int:
+        """The replica that this rank belongs to."""
+        return self.rank % self.ranks_per_stage // self.parts_per_sequence
+
+    @property
+    def sequence_part(self) -> int:
+        """Which part of its replica's sequences this rank has."""
+        return self.rank % self.parts_per_sequence
+
+    @property
+    def is_first_of_stage(self) -> bool:
+        return self.rank % self.ranks_per_stage == 0
 
     @property
     def is_first(self) -> bool:
@@ -91,11 +116,10 @@ def alone() -> Ranks:
     return Ranks(0, 1, read_device())
 
 
-def connect(*, timeout_minutes: float, ranks_per_sequence: int = 1) -> Ranks:
-    """The group's other members found; the default group must be initialised.
-
-    `ranks_per_sequence` consecutive ranks hold a part of each sequence of a replica.
-    """
+def connect(
+    *, timeout_minutes: float, parts_per_sequence: int = 1, pipeline_ranks: int = 1
+) -> Ranks:
+    """The group's other members found; the default group must be initialised."""
     timeout = datetime.timedelta(minutes=timeout_minutes)
     control, background = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     ranks = Ranks(
@@ -104,10 +128,26 @@ def connect(*, timeout_minutes: float, ranks_per_sequence: int = 1) -> Ranks:
         read_device(),
         control,
         background,
-        ranks_per_replica=ranks_per_sequence,
+        parts_per_sequence,
+        pipeline_ranks,
     )
-    if ranks_per_sequence == 1:
-        return ranks
-    members = torch.arange(ranks.count).unflatten(0, (-1, ranks_per_sequence)).tolist()
-    groups = [dist.new_group(sequence, timeout=timeout) for sequence in members]
-    return replace(ranks, sequence_group=groups[ranks.replica])
+    every = torch.arange(ranks.count)
+    if parts_per_sequence > 1:
+        sequences = every.unflatten(0, (-1, parts_per_sequence))
+        ranks = replace(ranks, sequence_group=_group_of(ranks.rank, sequences, timeout))
+    if pipeline_ranks > 1:
+        stages = every.unflatten(0, (pipeline_ranks, -1))
+        ranks = replace(
+            ranks,
+            stage_group=_group_of(ranks.rank, stages, timeout),
+            pipeline_group=_group_of(ranks.rank, stages.T, timeout),
+        )
+    return ranks
+
+
+def _group_of(
+    rank: int, members: Int64[Tensor, "groups ranks"], timeout: datetime.timedelta
+) -> dist.ProcessGroup | None:
+    """The group that the rank is in, of several that all ranks form together."""
+    groups = [dist.new_group(group, timeout=timeout) for group in members.tolist()]
+    return groups[int((members == rank).any(dim=1).nonzero())]

@@ -71,17 +71,9 @@ def update(
     The routers' biases move after an applied step, by exact counts over the global batch.
     """
     engine.model.train()
-    num_losses = 1 + len(BALANCE_LOSSES) + config.mtp.depth
-    totals = torch.zeros(num_losses, dtype=torch.float64, device=engine.ranks.device)
-    load: Tensor | None = None
-    for i, batch in enumerate(batches):
-        sums = engine.forward(batch)
-        engine.backward(objective(sums, over, config), is_last=i == len(batches) - 1)
-        balance_losses = (sums.balance_loss[None], sums.group_balance_losses)
-        parts = torch.cat((sums.loss[None], *balance_losses, sums.mtp_loss))
-        totals += parts.detach().double()
-        load = sums.load if load is None else load + sums.load
-    assert load is not None, "a global batch has at least one micro-batch per rank"
+    sums = engine.accumulate(batches, lambda sums: objective(sums, over, config))
+    load, balance_losses = sums.load, (sums.balance_loss[None], sums.group_balance_losses)
+    totals = torch.cat((sums.loss[None], *balance_losses, sums.mtp_loss))
     dist.all_reduce(load)
     dist.all_reduce(totals)
     result = engine.step(lr)
@@ -97,6 +89,6 @@ def move_biases(engine: Engine, load: Int64[Tensor, "L E"], *, speed: float) -> 
     """Every MoE layer's bias against its load; frozen where the router has none or speed is 0."""
     if speed == 0.0:
         return
-    for router, layer_load in zip(engine.model.routers(), load, strict=True):
+    for row, router in engine.model.routers().items():
         if router.config.bias:
-            step_bias(router.bias, layer_load, speed=speed)
+            step_bias(router.bias, load[row], speed=speed)

@@ -110,7 +110,7 @@ def test_no_cast_rounds_the_bias(cast: object, inside_a_model: bool) -> None:
     config = small_config()
     if inside_a_model:
         module: nn.Module = small_model(config)
-        (router,) = module.routers()
+        (router,) = module.routers().values()
     else:
         module = router = Router(config.moe.router, dim=16, num_experts=8, top_k=3)
     unrounded = torch.full((8,), 1 / 3)

@@ -68,7 +68,7 @@ def test_a_model_of_dense_layers_alone_has_no_load() -> None:
     sums = model(*packed_batch([[5]]), segments=[5])
     assert sums.load.shape == (0, 0)
     assert sums.balance_loss == 0.0
-    assert model.routers() == []
+    assert model.routers() == {}
     _total(sums).backward()
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -11,6 +12,8 @@ from tests.ranks import run_ranks
 from tests.train.tiny import random_batches, tiny_model, tiny_run
 from train.config import RunConfig, check_run
 from train.engine import Engine, join
+from train.journal import read_records
+from train.loop import train
 from train.optimizer import OptimizerConfig
 from train.parallel import ParallelConfig
 from train.precision import Dtype, PrecisionConfig
@@ -73,7 +76,7 @@ def train_layout(
     **layout: Any,
 ) -> Trained:
     """The first rank's view of three steps on a layout; eight sequences make a global batch."""
-    num_replicas = num_ranks // layout.get("sequence", 1)
+    num_replicas = num_ranks // (layout.get("sequence", 1) * layout.get("pipeline", 1))
     parallel = ParallelConfig(micro_batch_size=8 // num_replicas // accumulation, **layout)
     config = tiny_run(
         folder,
@@ -99,3 +102,33 @@ def assert_same_training(got: Trained, expected: Trained) -> None:
             assert got.state[name].shape == wanted.shape, name
             error = (got.state[name] - wanted).abs().max() / wanted.abs().max()
             assert error <= 1e-5, f"{name} differs by {error:.1e}"
+
+
+def run_on(
+    folder: Path, corpus: Path, num_ranks: int, *, model: ModelConfig, steps: int, **layout: Any
+) -> dict[str, Any]:
+    """A run, begun or continued; its records so far, by event and step."""
+    config = tiny_run(folder, model=model)
+    config.parallel = ParallelConfig(micro_batch_size=4, **layout)
+    config.data.folder, config.schedule.steps = str(corpus), steps
+    config.evaluation.max_sequences = 6  # the last batch of a replica is partly padding
+    check_run(config, num_ranks=num_ranks)
+    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+    run_ranks(num_ranks, lambda: train(config, join(config.parallel, timeout_minutes=1)))
+    return {
+        f"{event} {record['step']}": record
+        for event in ("step", "evaluation")
+        for record in read_records(Path(config.run_dir), event=event)
+    }
+
+
+def assert_same_records(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Every step's data and numbers, and the last evaluation's, to 1e-5."""
+    exact = ("samples", "targets")
+    steps = {event: record for event, record in expected.items() if event.startswith("step")}
+    *_, last = (event for event in expected if event.startswith("evaluation"))
+    for event in (*steps, last):
+        for name in ("loss", "mtp_loss_1", "balance_loss", "grad_norm", "max_vio", *exact):
+            if name in expected[event]:
+                wanted = pytest.approx(expected[event][name], rel=0 if name in exact else 1e-5)
+                assert got[event][name] == wanted, (event, name)
