@@ -110,7 +110,9 @@ class Replicated:
             for name in copies.names:
                 master = self._masters[name]
                 for tensor in (master.detach(), *self.optimizer.open_state(master).values()):
-                    dist.broadcast(tensor, owners[name], group=copies.group)
+                    here = tensor.to(master.device)  # 8-bit moments are opened in host memory
+                    dist.broadcast(here, owners[name], group=copies.group)
+                    tensor.copy_(here)
         self._cast()
 
     @torch.no_grad()

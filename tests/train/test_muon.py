@@ -135,11 +135,11 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 @pytest.mark.parametrize(
     ("num_ranks", "layout"),
     [
-        (2, {"zero_stage": 0}),
-        (2, {"zero_stage": 1}),
+        pytest.param(2, {"zero_stage": 0}, marks=pytest.mark.slow),
+        pytest.param(2, {"zero_stage": 1}, marks=pytest.mark.slow),
         (2, {"zero_stage": 1, "expert": 2}),
         (2, {"zero_stage": 2, "expert": 2, "accumulation": 2}),
-        (4, {"zero_stage": 2, "expert": 2}),
+        pytest.param(4, {"zero_stage": 2, "expert": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_every_layout_trains_with_muon_as_one_rank_does(

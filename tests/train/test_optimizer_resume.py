@@ -19,6 +19,7 @@ from train.loop import train
 from train.moments import Moments
 from train.optimizer import MuonConfig, OptimizerConfig
 from train.parallel import ParallelConfig
+from train.precision import Dtype
 from train.ranks import Ranks
 from train.run import Run
 from train.update import count_denominators, update
@@ -82,12 +83,21 @@ def config_of(folder: Path, choice: OptimizerConfig, *, ranks: int = 2, **layout
     return config
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2])
+@pytest.mark.parametrize(
+    ("zero_stage", "dtype"),
+    [
+        (2, Dtype.fp32),
+        pytest.param(1, Dtype.fp32, marks=pytest.mark.slow),
+        pytest.param(1, Dtype.bf16, marks=pytest.mark.slow),
+        pytest.param(0, Dtype.bf16, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_resumed_run_equals_one_that_never_stopped(
-    tmp_path: Path, choice: str, zero_stage: int
+    tmp_path: Path, choice: str, zero_stage: int, dtype: Dtype
 ) -> None:
     config = config_of(tmp_path, CHOICES[choice], expert=2, zero_stage=zero_stage)
+    config.precision.dtype = dtype
 
     def be_rank() -> None:
         engine, ranks = start(config)
