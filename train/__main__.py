@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from train.agreement import DisagreementError
 from train.checkpoint import SaveError
 from train.config import CONFIG_FILE, RunConfig, check_run, read_config
 from train.engine import join, leave
@@ -41,7 +42,7 @@ def main() -> ExitCode:
         ranks.wait()
         leave()
         return outcome.exit_code
-    except (ValueError, SaveError, FloatingPointError) as error:
+    except (ValueError, SaveError, DisagreementError, FloatingPointError) as error:
         log.error("%s", error)
         report_failure(run_dir, str(error))
         return ExitCode.FAILED

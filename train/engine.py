@@ -36,6 +36,7 @@ from train.muon import Muon
 from train.optimizer import build_optimizer, kept_states, parameter_groups
 from train.parallel import ParallelConfig
 from train.pipeline import Pipeline
+from train.placement import Seat, find_nodes
 from train.precision import Dtype
 from train.ranks import Ranks, connect, read_device
 from train.replicated import Replicated
@@ -185,6 +186,37 @@ class Engine:
         """This stage's routers' biases, of which each of its ranks fills a copy at a load."""
         for name, buffer in self.model.named_buffers():
             yield Fragment(f"buffer/{name}", tuple(buffer.shape), 0, buffer.view(-1))
+
+    def copies(self) -> Iterator[Fragment]:
+        """Weights and biases as the model computes with them, where other ranks hold the same.
+
+        Weights that ZeRO 3 has cut are left out: no rank has another's part.
+        """
+        for name, parameter in self.model.named_parameters():
+            if parameter.shape == self._shapes[name]:
+                shape, first = self._logical_place(name)
+                yield Fragment(f"weight/{name}", shape, first, parameter.detach().view(-1))
+        yield from self.buffers()
+
+    @property
+    def seat(self) -> Seat:
+        """This rank's place among all, as the groups have it that were really formed."""
+        node_places = self.ranks.gather(int(os.environ["LOCAL_RANK"]))
+        group: tuple[int, ...] = (self.ranks.rank,)
+        if self._config.parallel.expert > 1:
+            name = _group_name(self._config.parallel)
+            group = tuple(dist.get_process_group_ranks(groups._get_expert_parallel_group(name)))
+        held = self._num_experts // len(group)
+        place = group.index(self.ranks.rank)
+        return Seat(
+            rank=self.ranks.rank,
+            node=find_nodes(node_places)[self.ranks.rank],
+            replica=self.ranks.replica,
+            stage=self.ranks.pipeline_rank,
+            part=self.ranks.sequence_part,
+            expert_ranks=group,
+            experts=range(place * held, (place + 1) * held),
+        )
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every logical tensor of the state, whoever owns it."""

@@ -15,6 +15,7 @@ from data.config import Verify, find_folder
 from data.manifest import Split, read_manifest
 from data.samples import open_samples
 from model.cost import count_parameters
+from train.agreement import check_agreement
 from train.checkpoint import Checkpoints, OnError, SaveError
 from train.code_version import code_version
 from train.config import RunConfig, describe_config
@@ -25,6 +26,7 @@ from train.hardware import peak_memory
 from train.journal import Journal, open_journal, read_records
 from train.manifest import Fragment, Measured
 from train.meters import Meters
+from train.placement import describe_placement, draw_grid
 from train.ranks import Ranks
 from train.resume import Resumption, rng_fragment
 from train.saver import Saver
@@ -85,6 +87,8 @@ class Run:
         self._saved_step: int | None = self.progress.step  # or the one that is being saved
         self._stall_seconds = 0.0
         self._versions = code_version()
+        self._show_placement()
+        self.check_agreement()
 
     def open_journal(self) -> Journal:
         """The first rank's journal; the others keep a silent one."""
@@ -132,6 +136,7 @@ class Run:
             self._finish_save(journal, must_succeed=stops and not is_last)
         if self._saved_step == self.progress.step:
             return
+        self.check_agreement()
         self._saved_step = self.progress.step
         self.saver.start(self.progress.step, self._state(), self._describe())
         self._stall_seconds = time.perf_counter() - start
@@ -148,6 +153,26 @@ class Run:
         if self.saver.step is not None and self.ranks.any(self.saver.has_ended()):
             stops = self.config.checkpoint.on_error is OnError.stop
             self._finish_save(journal, must_succeed=stops)
+
+    def check_agreement(self) -> None:
+        """Compare with the other ranks what all must have alike.
+
+        Raises:
+            DisagreementError: Ranks disagree.
+        """
+        check_agreement(self.engine, self.progress, describe_config(self.config), self.ranks)
+
+    def _show_placement(self) -> None:
+        """Who sits where, printed by the first rank; nothing if it is alone."""
+        seats = self.ranks.gather(self.engine.seat)
+        if self.ranks.count == 1:
+            return
+        log.info("ranks:\n%s", draw_grid(seats))
+        moe = self.config.model.moe
+        if moe is not None:
+            groups, top = moe.router.num_groups, moe.router.top_groups
+            for line in describe_placement(seats, num_groups=groups, top_groups=top):
+                log.warning("%s", line)
 
     def _finish_save(self, journal: Journal, *, must_succeed: bool) -> None:
         """Wait for the save in flight, and write it down."""
