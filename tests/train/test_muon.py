@@ -140,6 +140,9 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         (2, {"zero_stage": 1, "expert": 2}),
         (2, {"zero_stage": 2, "expert": 2, "accumulation": 2}),
         pytest.param(4, {"zero_stage": 2, "expert": 2}, marks=pytest.mark.slow),
+        pytest.param(2, {"pipeline": 2, "accumulation": 4}, marks=pytest.mark.slow),
+        pytest.param(4, {"pipeline": 2, "expert": 2, "accumulation": 4}, marks=pytest.mark.slow),
+        pytest.param(2, {"sequence": 2, "expert": 2, "zero_stage": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_every_layout_trains_with_muon_as_one_rank_does(
