@@ -27,7 +27,8 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
     }
     if config.precision.dtype is Dtype.bf16:
-        values["bf16"] = {"enabled": True}
+        # The ZeRO optimizer, which pipelines have, lets others than fp32 pass without this.
+        values["bf16"] = {"enabled": True, "check_grad_overflow": parallel.pipeline > 1}
     pin = torch.cuda.is_available()
     for name, device in (
         ("offload_optimizer", parallel.offload_optimizer),

@@ -9,7 +9,7 @@ is here and in `train/partitions.py`, with its reasons.
 import datetime
 import os
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -18,6 +18,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.constants import BFLOAT16
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.sequence.layer import DistributedAttention
 from deepspeed.utils import groups
@@ -278,12 +281,14 @@ class Engine:
             param_groups = split_params_into_different_moe_groups_for_optimizer(param_groups)
             param_groups = [group for group in param_groups if group["params"]]
         optimizer = build_optimizer(param_groups, config.optimizer)
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=deepspeed_config(config),
-            mpu=StageGroups(self.ranks) if self.ranks.stage_group is not None else None,
-        )
+        is_pipeline = self.ranks.stage_group is not None
+        with _zero_whatever_the_precision() if is_pipeline else nullcontext():
+            engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=deepspeed_config(config),
+                mpu=StageGroups(self.ranks) if is_pipeline else None,
+            )
         return optimizer, Sharded(engine, optimizer, ranks=self.ranks)
 
     def _lay_pipeline(self, stages: Stages, config: RunConfig) -> Pipeline:
@@ -420,6 +425,23 @@ class StageGroups:
 
     def get_model_parallel_rank(self) -> int:
         return 0
+
+
+@contextmanager
+def _zero_whatever_the_precision() -> Iterator[None]:
+    """Within it DeepSpeed builds its ZeRO optimizer for BF16 with fp32 accumulation as well.
+
+    0.19.8 takes another one at stage 1, whose gradients are gathered by its own backward calls;
+    a pipeline's are not. (ZeRO's accumulates in fp32 too.)
+    """
+    choose = DeepSpeedEngine._do_optimizer_sanity_check
+    DeepSpeedEngine._do_optimizer_sanity_check = lambda engine, optimizer: (
+        ZERO_OPTIMIZATION if choose(engine, optimizer) == BFLOAT16 else choose(engine, optimizer)
+    )
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._do_optimizer_sanity_check = choose
 
 
 class _RegisteredMoE(MoE, AutoEPMoELayer):

@@ -105,10 +105,17 @@ def assert_same_training(got: Trained, expected: Trained) -> None:
 
 
 def run_on(
-    folder: Path, corpus: Path, num_ranks: int, *, model: ModelConfig, steps: int, **layout: Any
+    folder: Path,
+    corpus: Path,
+    num_ranks: int,
+    *,
+    model: ModelConfig,
+    steps: int,
+    dtype: Dtype = Dtype.fp32,
+    **layout: Any,
 ) -> dict[str, Any]:
     """A run, begun or continued; its records so far, by event and step."""
-    config = tiny_run(folder, model=model)
+    config = tiny_run(folder, model=model, precision=PrecisionConfig(dtype=dtype))
     config.parallel = ParallelConfig(micro_batch_size=4, **layout)
     config.data.folder, config.schedule.steps = str(corpus), steps
     config.evaluation.max_sequences = 6  # the last batch of a replica is partly padding
