@@ -10,8 +10,11 @@ from launch.compose import Job, run_jobs, to_config, worst
 from launch.config import LaunchedRun
 from model.config import ModelConfig
 from model.cost import MTP, flops_by_component, parameters_by_component
-from train.config import check_run
+from model.memory import routed_peak
+from model.moe import MoEConfig
+from train.config import RunConfig, check_run
 from train.outcome import ExitCode
+from train.precision import Dtype
 
 WIDTH = 100  # also where the output is no terminal
 
@@ -33,6 +36,8 @@ def plan_job(job: Job) -> ExitCode:
     console = Console(width=WIDTH)
     console.print(draw_components(config.model, seq_len=config.data.seq_len))
     print(describe_conventions(config.model, seq_len=config.data.seq_len))
+    if config.model.moe is not None and config.model.moe.max_tokens_per_chunk is not None:
+        print(describe_bound(config, config.model.moe))
     return ExitCode.FINISHED
 
 
@@ -74,6 +79,24 @@ def describe_conventions(model: ModelConfig, *, seq_len: int) -> str:
         "the embedding because it is the head" if model.tie_embedding else "without the embedding"
     )
     return CONVENTIONS.format(embedding=embedding, seq_len=seq_len)
+
+
+def describe_bound(config: RunConfig, moe: MoEConfig) -> str:
+    """What `max_tokens_per_chunk` promises."""
+    parallel = config.parallel
+    is_bf16 = config.precision.dtype is Dtype.bf16
+    elements = routed_peak(
+        moe,
+        dim=config.model.dim,
+        tokens=parallel.micro_batch_size * config.data.seq_len // parallel.sequence,
+        num_local=moe.num_experts // parallel.expert,
+        is_fused=is_bf16,
+    )
+    size = elements * (2 if is_bf16 else 4) / 2**30
+    return (
+        f"Routed experts of one layer take {size:,.2f} GiB at most on a rank, forward and backward,\n"
+        f"whatever the routing (model.moe.max_tokens_per_chunk={moe.max_tokens_per_chunk})."
+    )
 
 
 if __name__ == "__main__":

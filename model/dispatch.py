@@ -1,10 +1,10 @@
 """Dispatch and combine: rows travel to their experts and back. Ranks meet only here.
 
 T tokens of this rank, K choices per token, D width, E experts of all ranks, L experts of this
-rank, P ranks of the expert-parallel group, N rows that this rank's experts receive.
+rank, P ranks of the expert-parallel group, N rows that this rank's experts receive in a chunk.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,101 +13,114 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.chunks import split_into_chunks
 from model.recompute import rebuild
-from model.router import Routing
 
 
-class Dispatched(NamedTuple):
-    """Rows sorted by this rank's experts, with what is needed to send results back."""
+class Chunk(NamedTuple):
+    """Rows that travel together, as this rank sees them."""
+
+    sent: list[int]  # rows for each rank
+    received: list[int]  # rows from each rank
+    counts: list[int]  # rows of each of the L experts
+    runs: Int64[Tensor, "P L"]  # the same, by the rank that they come from
+
+
+class Plan(NamedTuple):
+    """Which rows travel when. All ranks of the group have equally many chunks."""
+
+    order: Int64[Tensor, " TK"]  # choice (token * K + k) of each row, sorted by chunk, then expert
+    chunks: list[Chunk]
+
+
+class Arrived(NamedTuple):
+    """Rows sorted by this rank's experts, and the place at which each of them arrived."""
 
     rows: Float[Tensor, "N D"]
-    counts: list[int]  # rows of each of the L experts
-    trip: "Trip"
+    places: Int64[Tensor, " N"] | None  # None where the order is the same
 
 
-class Trip(NamedTuple):
-    """How rows came: the way back is the same in reverse."""
+class Dispatcher:
+    """Sends rows to the ranks of a group that own their experts, and results back.
 
-    order: Int64[Tensor, " TK"]  # choice (token * K + k) of each row, sorted by expert
-    regroup: Int64[Tensor, " N"] | None = None  # row received -> row sorted by local expert
-    sent: list[int] | None = None  # rows sent to each rank
-    received: list[int] | None = None  # rows received from each rank
-
-
-class Dispatcher(Protocol):
-    def dispatch(self, tokens: Float[Tensor, "T D"], routing: Routing) -> Dispatched: ...
-
-    def combine(
-        self, outputs: Float[Tensor, "N D"], trip: Trip, routing: Routing
-    ) -> Float[Tensor, "T D"]: ...
-
-
-class LocalDispatcher:
-    """All experts are here: dispatch is a sort, combine its inverse."""
-
-    def __init__(self, *, num_experts: int) -> None:
-        self.num_experts = num_experts
-
-    def dispatch(self, tokens: Float[Tensor, "T D"], routing: Routing) -> Dispatched:
-        rows, counts, order = permute(tokens, routing, num_experts=self.num_experts)
-        return Dispatched(rows, counts.tolist(), Trip(order))
-
-    def combine(
-        self, outputs: Float[Tensor, "N D"], trip: Trip, routing: Routing
-    ) -> Float[Tensor, "T D"]:
-        return unpermute(outputs, routing.weights, trip.order)
-
-
-class AllToAllDispatcher:
-    """Experts are spread over a group: rows go to the rank that owns their expert.
-
-    No row is ever dropped; the group's ranks exchange as many rows as the routing says.
+    Without a group all experts are here: nothing travels. No row is ever dropped: the ranks
+    exchange as many rows as the routing says, in as many chunks as keep what any of them receives
+    at once within `limit`.
     """
 
-    def __init__(self, *, num_experts: int, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, *, num_experts: int, group: dist.ProcessGroup | None = None, limit: int | None = None
+    ) -> None:
         self.num_experts = num_experts
         self.group = group
-        self.num_ranks = dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.num_ranks = 1 if group is None else dist.get_world_size(group)
+        self.limit = limit
 
-    def dispatch(self, tokens: Float[Tensor, "T D"], routing: Routing) -> Dispatched:
-        rows, counts, order = permute(tokens, routing, num_experts=self.num_experts)
-        counts_here = torch.empty_like(counts)
-        dist.all_to_all_single(counts_here, counts, group=self.group)
-        # One transfer to the host: sizes of messages must be known there.
-        both = torch.stack((counts, counts_here)).unflatten(-1, (self.num_ranks, -1)).tolist()
-        sent = [sum(of_rank) for of_rank in both[0]]
-        received = [sum(of_rank) for of_rank in both[1]]
-        arrived: Tensor = _Exchange.apply(rows, sent, received, self.group)
-        regroup = sort_by_expert(counts_here.unflatten(-1, (self.num_ranks, -1)))
-        local_counts = [sum(of_expert) for of_expert in zip(*both[1], strict=True)]
-        trip = Trip(order, regroup, sent, received)
-        return Dispatched(_Reorder.apply(arrived, regroup), local_counts, trip)
+    def plan(self, expert_ids: Int64[Tensor, "T K"]) -> Plan:
+        """Every rank learns all counts, so all agree on the chunks without a further message."""
+        order, counts = sort_choices(expert_ids, num_experts=self.num_experts)
+        # One transfer to the host: sizes of messages and products must be known there.
+        of_ranks = self._gather(counts).cpu()
+        rows = split_into_chunks(of_ranks, limit=self.limit)  # [C, P, E]
+        if len(rows) > 1:  # they lie by expert and then chunk, and shall lie the other way round
+            mine = rows[:, self.rank].t().to(order.device)
+            order = order[swap_runs(mine, total=order.numel())]
+        rows = rows.unflatten(2, (self.num_ranks, -1))  # [C, from, to, L]
+        sent = rows[:, self.rank].sum(dim=2).tolist()
+        to_here = rows[:, :, self.rank]  # [C, from, L]
+        received, of_experts = to_here.sum(dim=2).tolist(), to_here.sum(dim=1).tolist()
+        runs = to_here.to(order.device)
+        fields = zip(sent, received, of_experts, runs, strict=True)
+        return Plan(order, [Chunk(*of_chunk) for of_chunk in fields])
 
-    def combine(
-        self, outputs: Float[Tensor, "N D"], trip: Trip, routing: Routing
-    ) -> Float[Tensor, "T D"]:
-        assert trip.regroup is not None, "the trip began in this dispatcher"
-        by_rank = _Reorder.apply(outputs, invert(trip.regroup))
-        returned: Tensor = _Exchange.apply(by_rank, trip.received, trip.sent, self.group)
-        return unpermute(returned, routing.weights, trip.order)
+    def send(self, rows: Float[Tensor, "R D"], chunk: Chunk) -> Arrived:
+        """A chunk's rows from all ranks, sorted by this rank's experts."""
+        if self.group is None:
+            return Arrived(rows, None)
+        arrived: Tensor = _Exchange.apply(rows, chunk.sent, chunk.received, self.group)
+        places = swap_runs(chunk.runs, total=sum(chunk.received))
+        return Arrived(_Reorder.apply(arrived, places), places)
+
+    def send_back(
+        self, outputs: Float[Tensor, "N D"], places: Int64[Tensor, " N"] | None, chunk: Chunk
+    ) -> Float[Tensor, "R D"]:
+        """The experts' outputs, at the ranks and in the order from which the rows came."""
+        if places is None:
+            return outputs
+        by_rank = _Reorder.apply(outputs, invert(places))
+        returned: Tensor = _Exchange.apply(by_rank, chunk.received, chunk.sent, self.group)
+        return returned
+
+    def _gather(self, counts: Int64[Tensor, " E"]) -> Int64[Tensor, "P E"]:
+        if self.group is None:
+            return counts[None]
+        of_ranks = counts.new_empty(self.num_ranks, self.num_experts)
+        dist.all_gather(list(of_ranks), counts, group=self.group)
+        return of_ranks
 
 
-class Permuted(NamedTuple):
-    rows: Float[Tensor, "TK D"]
+class Sorted(NamedTuple):
+    order: Int64[Tensor, " TK"]  # choice (token * K + k) of each row
     counts: Int64[Tensor, " E"]
-    order: Int64[Tensor, " TK"]
 
 
-def permute(tokens: Float[Tensor, "T D"], routing: Routing, *, num_experts: int) -> Permuted:
-    """One row per choice, sorted by expert; among equals, by token."""
-    chosen = routing.expert_ids.flatten()
-    order = chosen.argsort(stable=True)
+def sort_choices(expert_ids: Int64[Tensor, "T K"], *, num_experts: int) -> Sorted:
+    """All choices sorted by expert; among equals, by token."""
+    chosen = expert_ids.flatten()
     counts = chosen.new_zeros(num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
-    rows: Tensor = rebuild(_Gather.apply, tokens, order, routing.expert_ids.shape[1])
-    return Permuted(rows, counts, order)
+    return Sorted(chosen.argsort(stable=True), counts)
 
 
-def unpermute(
+def permute(
+    tokens: Float[Tensor, "T D"], order: Int64[Tensor, " TK"], *, top_k: int
+) -> Float[Tensor, "TK D"]:
+    """One row per choice, in that order."""
+    rows: Tensor = rebuild(_Gather.apply, tokens, order, top_k)
+    return rows
+
+
+def combine(
     outputs: Float[Tensor, "TK D"], weights: Float[Tensor, "T K"], order: Int64[Tensor, " TK"]
 ) -> Float[Tensor, "T D"]:
     """Each token's weighted sum of its K results."""
@@ -115,10 +128,13 @@ def unpermute(
     return mixed
 
 
-def sort_by_expert(counts: Int64[Tensor, "P L"]) -> Int64[Tensor, " N"]:
-    """Sorted place -> arrival place, for rows that arrived rank by rank, each by expert."""
-    expert = torch.arange(counts.shape[1], device=counts.device).expand_as(counts)
-    return expert.flatten().repeat_interleave(counts.flatten()).argsort(stable=True)
+def swap_runs(counts: Int64[Tensor, "A B"], *, total: int) -> Int64[Tensor, " N"]:
+    """New place -> old place, for rows that lay by a and then b and shall lie by b and then a.
+
+    `counts` are the rows of each (a, b), `total` their sum, known to the host.
+    """
+    b = torch.arange(counts.shape[1], device=counts.device).expand_as(counts).flatten()
+    return b.repeat_interleave(counts.flatten(), output_size=total).argsort(stable=True)
 
 
 def invert(permutation: Int64[Tensor, " N"]) -> Int64[Tensor, " N"]:

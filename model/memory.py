@@ -31,6 +31,26 @@ def kept_per_token(config: ModelConfig, *, is_dense: bool, recompute: Recompute)
     return residuals + norms + attention + _moe(config.moe, config.dim, is_all_kept=is_all_kept)
 
 
+def routed_peak(
+    config: MoEConfig, *, dim: int, tokens: int, num_local: int, is_fused: bool = False
+) -> int:
+    """Elements that one MoE layer's router and routed experts take at once, forward or backward.
+
+    At most, on any rank, for any routing, as long as `max_tokens_per_chunk` bounds the rows that
+    the rank's `num_local` experts take at once; `tokens` are this rank's own. Integers count as two
+    elements, as in fp32. `is_fused`: the experts run as grouped products (GPUs, BF16), whose
+    backward holds SwiGLU's result and one factor's gradient more; not measured yet.
+    """
+    assert config.max_tokens_per_chunk is not None, "without it there is no bound"
+    # Of its own rows a rank holds: what it sends, what comes back, and the gradient of either.
+    own = tokens * (3 * config.top_k * dim + 2 * dim + 3 * config.num_experts + 10 * config.top_k)
+    # Of a chunk's: rows and both gradients; gate, up, and what leads back through them.
+    per_row = 3 * dim + (7 if is_fused else 5) * config.expert_dim + 8
+    # Gradients of weights: of the chunks so far, of this one, and their sum.
+    weights = 3 * num_local * 3 * dim * config.expert_dim
+    return own + config.max_tokens_per_chunk * per_row + weights
+
+
 def _attention(config: AttentionConfig, *, is_all_kept: bool) -> int:
     heads = config.num_heads
     if isinstance(config, GQAConfig):  # queries, keys and values come from products of full width

@@ -6,14 +6,16 @@ B batch, S sequence, D model width, E experts of all ranks.
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from model.balance import count_load, group_balance_losses, sequence_balance_loss
-from model.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from model.dispatch import Chunk, Dispatcher, combine, permute
 from model.experts import Experts
 from model.ffn import SwiGLU
+from model.recompute import Recompute, recomputed
 from model.router import Router, RouterConfig, check_router
 from model.sequences import Sequences, WholeSequences
 
@@ -34,6 +36,9 @@ class MoEConfig:
     device_balance_loss_weight: float = 0.0
     #: Weight of V2's communication balance loss, over the same groups.
     communication_balance_loss_weight: float = 0.0
+    #: Most rows (a token for one of its experts) that a rank's experts take at once. What exceeds
+    #: it travels in chunks, which bounds memory under any routing; null takes all at once.
+    max_tokens_per_chunk: int | None = None
     router: RouterConfig
 
     @property
@@ -68,17 +73,20 @@ class MoE(nn.Module):
         self.config = config
         self.sequences = sequences or WholeSequences()
         self.num_experts = config.num_experts
-        rank, num_ranks = 0, 1
-        self.dispatcher: Dispatcher = LocalDispatcher(num_experts=config.num_experts)
-        if expert_group is not None:
-            rank, num_ranks = dist.get_rank(expert_group), dist.get_world_size(expert_group)
-            self.dispatcher = AllToAllDispatcher(num_experts=config.num_experts, group=expert_group)
-        num_local = config.num_experts // num_ranks
+        self.dispatcher = Dispatcher(
+            num_experts=config.num_experts,
+            group=expert_group,
+            limit=config.max_tokens_per_chunk,
+        )
+        num_local = config.num_experts // self.dispatcher.num_ranks
         self.router = Router(
             config.router, dim=dim, num_experts=config.num_experts, top_k=config.top_k
         )
         self.experts = Experts(
-            first=rank * num_local, num_local=num_local, dim=dim, inner_dim=config.expert_dim
+            first=self.dispatcher.rank * num_local,
+            num_local=num_local,
+            dim=dim,
+            inner_dim=config.expert_dim,
         )
         self.shared: SwiGLU | None = None
         if config.num_shared_experts:
@@ -88,9 +96,10 @@ class MoE(nn.Module):
         """`counted` says which tokens enter load and balance loss (padding must not)."""
         tokens = x.flatten(0, 1)
         routing = self.router(tokens)
-        dispatched = self.dispatcher.dispatch(tokens, routing)
-        outputs = self.experts(dispatched.rows, dispatched.counts)
-        hidden = self.dispatcher.combine(outputs, dispatched.trip, routing).view_as(x)
+        plan = self.dispatcher.plan(routing.expert_ids)
+        rows = permute(tokens, plan.order, top_k=self.config.top_k)
+        outputs = self._visit_experts(rows, plan.chunks)
+        hidden = combine(outputs, routing.weights, plan.order).view_as(x)
         if self.shared is not None:
             hidden = hidden + self.shared(x)
 
@@ -111,12 +120,34 @@ class MoE(nn.Module):
             )
         return MoEOutput(hidden, load, balance_loss, group_losses)
 
+    def _visit_experts(
+        self, rows: Float[Tensor, "TK D"], chunks: list[Chunk]
+    ) -> Float[Tensor, "TK D"]:
+        """Every row's result. Of several chunks, only the rows at their sender are kept for the
+        backward pass: each chunk travels and runs again there."""
+        if len(chunks) == 1:
+            return self._visit(rows, chunks[0])
+        visit = recomputed(self._visit, mode=Recompute.full)
+        parts = rows.split([sum(chunk.sent) for chunk in chunks])
+        return torch.cat([visit(part, chunk) for part, chunk in zip(parts, chunks, strict=True)])
+
+    def _visit(self, rows: Float[Tensor, "R D"], chunk: Chunk) -> Float[Tensor, "R D"]:
+        """To the experts and back."""
+        arrived = self.dispatcher.send(rows, chunk)
+        outputs = self.experts(arrived.rows, chunk.counts)
+        return self.dispatcher.send_back(outputs, arrived.places, chunk)
+
 
 def check_moe(config: MoEConfig) -> None:
     """Refuse, with a ValueError, sizes that make no layer."""
     for name in ("num_experts", "expert_dim"):
         if getattr(config, name) < 1:
             raise ValueError(f"model.moe.{name}={getattr(config, name)} must be at least 1")
+    if config.max_tokens_per_chunk is not None and config.max_tokens_per_chunk < 1:
+        raise ValueError(
+            f"model.moe.max_tokens_per_chunk={config.max_tokens_per_chunk} must be at least 1; "
+            "null takes all rows at once"
+        )
     group_losses = ("device_balance_loss_weight", "communication_balance_loss_weight")
     for name in ("num_shared_experts", "balance_loss_weight", *group_losses):
         if getattr(config, name) < 0:

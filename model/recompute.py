@@ -59,7 +59,7 @@ def recomputed(module: Callable[..., Output], *, mode: Recompute) -> Callable[..
     if mode is Recompute.none or not torch.is_grad_enabled():
         return module
     if mode is Recompute.full:
-        return partial(checkpoint, module, use_reentrant=False)
+        return _plain()(partial(checkpoint, module, use_reentrant=False))
     return rebuilding()(module)
 
 

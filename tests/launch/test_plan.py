@@ -8,6 +8,7 @@ import pytest
 
 from launch import cli
 from model.cost import count_parameters, flops_per_token
+from model.memory import routed_peak
 from tests.command import compose
 
 
@@ -83,6 +84,20 @@ def test_the_convention_follows_a_tied_embedding(
     assert "the embedding because it is the head" in " ".join(printed.split())
     active = count_parameters(compose("model.tie_embedding=true").model).active
     assert read_rows(printed)["total"][2] == f"{active:,}"
+
+
+def test_the_bound_on_experts_memory_is_stated_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, printed = plan("model=v2_lite", monkeypatch=monkeypatch, capfd=capfd)
+    assert "GiB" not in printed
+    overrides = ("model=v2_lite", "data.seq_len=4096", "parallel.micro_batch_size=1")
+    limit = "model.moe.max_tokens_per_chunk=30000"
+    _, printed = plan(*overrides, limit, "precision=fp32", monkeypatch=monkeypatch, capfd=capfd)
+    moe = compose(*overrides, limit).model.moe
+    elements = routed_peak(moe, dim=2048, tokens=4096, num_local=64)
+    assert f"{elements * 4 / 2**30:,.2f} GiB at most on a rank" in printed
+    assert limit in printed
 
 
 def test_a_plan_of_what_cannot_be_run_is_refused(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.balance import count_load, sequence_balance_loss
-from model.dispatch import invert, sort_by_expert
+from model.dispatch import invert, swap_runs
 from model.init import initialise
 from model.moe import MoE, MoEConfig, check_moe
 from model.router import RouterConfig
@@ -21,18 +21,18 @@ CONFIG = MoEConfig(
 )
 
 
-def _moe(config: MoEConfig = CONFIG, *, expert_group: dist.ProcessGroup | None = None) -> MoE:
+def make_moe(config: MoEConfig = CONFIG, *, expert_group: dist.ProcessGroup | None = None) -> MoE:
     moe = MoE(config, dim=DIM, expert_group=expert_group)
     initialise(moe, seed=3, std=0.5)
     return moe.double()
 
 
-def _inputs(*shape: int, seed: int = 0) -> Tensor:
+def random_tokens(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, DIM, dtype=torch.float64, generator=generator)
 
 
-def _token_by_token(moe: MoE, x: Tensor) -> Tensor:
+def token_by_token(moe: MoE, x: Tensor) -> Tensor:
     """The layer's definition: for each token, the weighted sum over its experts."""
     routing = moe.router(x.flatten(0, 1))
     outputs = []
@@ -52,9 +52,9 @@ def _token_by_token(moe: MoE, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("top_k", [1, 3, 8])
 @pytest.mark.parametrize("num_shared_experts", [0, 2])
 def test_layer_and_gradients_equal_a_loop_over_tokens(top_k: int, num_shared_experts: int) -> None:
-    moe = _moe(replace(CONFIG, top_k=top_k, num_shared_experts=num_shared_experts))
-    x = _inputs(2, 5).requires_grad_()
-    wanted = _token_by_token(moe, x)
+    moe = make_moe(replace(CONFIG, top_k=top_k, num_shared_experts=num_shared_experts))
+    x = random_tokens(2, 5).requires_grad_()
+    wanted = token_by_token(moe, x)
     upstream = torch.randn_like(wanted)
     inputs = (x, *moe.parameters())
     wanted_grads = torch.autograd.grad(wanted, inputs, upstream, allow_unused=True)
@@ -67,9 +67,9 @@ def test_layer_and_gradients_equal_a_loop_over_tokens(top_k: int, num_shared_exp
 
 
 def test_experts_without_tokens_get_zero_gradients_not_none() -> None:
-    moe = _moe()
+    moe = make_moe()
     moe.router.bias[5:] = -100.0  # nobody chooses these
-    out = moe(_inputs(1, 4), torch.ones(1, 4, dtype=torch.bool))
+    out = moe(random_tokens(1, 4), torch.ones(1, 4, dtype=torch.bool))
     out.hidden.sum().backward()
     assert out.load[5:].sum() == 0
     for parameter in moe.experts.parameters():
@@ -79,8 +79,8 @@ def test_experts_without_tokens_get_zero_gradients_not_none() -> None:
 
 
 def test_load_and_balance_loss_leave_out_what_is_not_counted() -> None:
-    moe = _moe()
-    x = _inputs(2, 5)
+    moe = make_moe()
+    x = random_tokens(2, 5)
     counted = torch.ones(2, 5, dtype=torch.bool)
     counted[1, 2:] = False
     out = moe(x, counted)
@@ -95,16 +95,16 @@ def test_load_and_balance_loss_leave_out_what_is_not_counted() -> None:
 
 def _distributed_equals_local(*, tokens_of_rank: int) -> None:
     group, rank, num_ranks = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
-    all_x = [_inputs(1, tokens_of_rank, seed=r) for r in range(num_ranks)]
-    upstream = _inputs(1, tokens_of_rank, seed=100)
+    all_x = [random_tokens(1, tokens_of_rank, seed=r) for r in range(num_ranks)]
+    upstream = random_tokens(1, tokens_of_rank, seed=100)
     counted = torch.ones(1, tokens_of_rank, dtype=torch.bool)
 
-    local = _moe()
+    local = make_moe()
     local_x = [x.clone().requires_grad_() for x in all_x]
     local_outs = [local(x, counted) for x in local_x]
     sum((out.hidden * upstream).sum() for out in local_outs).backward()
 
-    spread = _moe(expert_group=group)
+    spread = make_moe(expert_group=group)
     assert spread.experts.gate.shape[0] == CONFIG.num_experts // num_ranks
     x = all_x[rank].clone().requires_grad_()
     out = spread(x, counted)
@@ -138,9 +138,9 @@ def test_experts_over_four_ranks_equal_local_ones(tokens_of_rank: int) -> None:
 
 @ranks(2)
 def test_a_rank_whose_experts_nobody_chooses_takes_part() -> None:
-    moe = _moe(expert_group=dist.group.WORLD)
+    moe = make_moe(expert_group=dist.group.WORLD)
     moe.router.bias[4:] = -100.0
-    x = _inputs(1, 6, seed=dist.get_rank()).requires_grad_()
+    x = random_tokens(1, 6, seed=dist.get_rank()).requires_grad_()
     moe(x, torch.ones(1, 6, dtype=torch.bool)).hidden.sum().backward()
     for parameter in moe.experts.parameters():
         assert parameter.grad is not None
@@ -149,16 +149,16 @@ def test_a_rank_whose_experts_nobody_chooses_takes_part() -> None:
 
 @ranks(2)
 def test_experts_over_two_ranks_equal_local_ones_in_bf16() -> None:
-    moe = _moe().bfloat16()
-    spread = _moe(expert_group=dist.group.WORLD).bfloat16()
-    x = _inputs(1, 6, seed=dist.get_rank()).bfloat16()
+    moe = make_moe().bfloat16()
+    spread = make_moe(expert_group=dist.group.WORLD).bfloat16()
+    x = random_tokens(1, 6, seed=dist.get_rank()).bfloat16()
     counted = torch.ones(1, 6, dtype=torch.bool)
     torch.testing.assert_close(spread(x, counted).hidden, moe(x, counted).hidden)
 
 
-def test_sort_by_expert_interleaves_what_ranks_sent() -> None:
+def test_runs_of_ranks_become_runs_of_experts() -> None:
     # Rank 0 sent 2 rows for expert 0 and 1 for expert 1, rank 1 sent 1 and 2.
-    places = sort_by_expert(torch.tensor([[2, 1], [1, 2]]))
+    places = swap_runs(torch.tensor([[2, 1], [1, 2]]), total=6)
     assert places.tolist() == [0, 1, 3, 2, 4, 5]
     assert invert(places)[places].tolist() == list(range(6))
 

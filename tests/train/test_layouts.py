@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from model.config import ModelConfig
 from model.moe import MoEConfig
 from model.recompute import Recompute
 from model.router import RouterConfig
@@ -21,6 +22,14 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return train_layout(tmp_path_factory.mktemp("reference"), 1)
 
 
+def chunked_model(*, limit: int) -> ModelConfig:
+    """The same model, whose experts' rows travel in chunks of at most `limit`."""
+    model = tiny_model()
+    assert model.moe is not None
+    model.moe.max_tokens_per_chunk = limit
+    return model
+
+
 LAYOUTS = [
     (1, {"recompute": Recompute.full}),
     (1, {"accumulation": 4}),
@@ -32,6 +41,7 @@ LAYOUTS = [
     (2, {"expert": 2}),
     (2, {"expert": 2, "recompute": Recompute.full}),
     (2, {"expert": 2, "recompute": Recompute.selective, "accumulation": 2}),
+    (2, {"expert": 2, "recompute": Recompute.selective, "model": chunked_model(limit=50)}),
     (2, {"expert": 2, "accumulation": 4}),
     (2, {"expert": 2, "accumulation": 4, "recompute": Recompute.full}),
     (2, {"expert": 2, "accumulation": 2, "zero_stage": 2}),
