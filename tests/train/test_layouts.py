@@ -51,20 +51,37 @@ LAYOUTS = [
     (2, {"zero_stage": 0, "expert": 2, "accumulation": 2, "recompute": Recompute.full}),
     (2, {"zero_stage": 3, "expert": 2, "accumulation": 2, "recompute": Recompute.full}),
 ]
-MORE_LAYOUTS = [
-    (num_ranks, {"zero_stage": stage, "expert": expert, "accumulation": accumulation, **more})
-    for num_ranks, expert in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4))
-    for stage in ZERO_STAGES
-    for accumulation, more in (
-        (1, {}),
-        (2, {"recompute": Recompute.full}),
-        (8 // num_ranks, {}),
-    )
-] + [
-    (4, {"zero_stage": stage, "expert": expert, "sequence": 2, "accumulation": 2})
-    for stage in ZERO_STAGES
-    for expert in (1, 2, 4)
-]
+MORE_LAYOUTS = (
+    [
+        (num_ranks, {"zero_stage": stage, "expert": expert, "accumulation": accumulation, **more})
+        for num_ranks, expert in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4))
+        for stage in ZERO_STAGES
+        for accumulation, more in (
+            (1, {}),
+            (2, {"recompute": Recompute.full}),
+            (8 // num_ranks, {}),
+        )
+    ]
+    + [
+        (
+            2,
+            {
+                "zero_stage": stage,
+                "expert": expert,
+                "recompute": mode,
+                "model": chunked_model(limit=50),
+            },
+        )
+        for stage in (0, 3)
+        for expert in (1, 2)
+        for mode in (Recompute.none, Recompute.selective, Recompute.full)
+    ]
+    + [
+        (4, {"zero_stage": stage, "expert": expert, "sequence": 2, "accumulation": 2})
+        for stage in ZERO_STAGES
+        for expert in (1, 2, 4)
+    ]
+)
 
 
 @pytest.mark.parametrize(
