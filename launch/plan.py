@@ -94,7 +94,7 @@ def describe_bound(config: RunConfig, moe: MoEConfig) -> str:
     )
     size = elements * (2 if is_bf16 else 4) / 2**30
     return (
-        f"Routed experts of one layer take {size:,.2f} GiB at most on a rank, forward and backward,\n"
+        f"A layer's routed experts take {size:,.2f} GiB at most on a rank, forward and backward,\n"
         f"whatever the routing (model.moe.max_tokens_per_chunk={moe.max_tokens_per_chunk})."
     )
 
