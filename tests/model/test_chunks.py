@@ -183,7 +183,7 @@ def step_peak(limit: int | None, recompute: Recompute, *, is_skewed: bool) -> in
     config.moe.max_tokens_per_chunk = limit
     model = small_model(config, expert_group=dist.group.WORLD, recompute=recompute)
     if is_skewed:
-        for router in model.routers():
+        for router in model.routers().values():
             router.bias[config.moe.top_k :] = -100.0
     batch = packed_batch([[40]] * 2, seed=dist.get_rank())
     with LiveBytes() as live:
