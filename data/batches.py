@@ -2,7 +2,7 @@
 
 A global batch is a range of samples. Its micro-batch m on rank r, of size b among W ranks, holds
 the samples first + (m*W + r)*b + i for i in range(b): together the ranks read the range in order,
-so the data position of a run is one integer whatever W and b are.
+so the position of a run in its data is the same whatever W and b are.
 
 B = micro_batch_size, S = seq_len.
 """
@@ -10,20 +10,26 @@ B = micro_batch_size, S = seq_len.
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
-import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from data.mixture import Drawn
+from data.position import Position
+from data.rows import Rows, stack_rows
 from data.samples import IGNORED, Sample, Samples
 
 
-class SampleSource(Protocol):
-    """Sample k of a run for any k: a corpus, or random ones (`thrifty verify`)."""
+class SampleOrder(Protocol):
+    """Says which samples follow a position, and reads them: a run's training data, or random
+    ones (`thrifty verify`)."""
 
-    def __getitem__(self, index: int) -> Sample: ...
+    def draw(self, position: Position, count: int) -> Drawn[Any]: ...
+
+    def read(self, rows: list[Any]) -> Rows: ...
 
 
 class Batch(NamedTuple):
@@ -49,37 +55,37 @@ class Batch(NamedTuple):
 
 def collate(samples: list[Sample]) -> Batch:
     """The samples as one batch."""
-    return Batch(
-        tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples])),
-        targets=torch.from_numpy(np.stack([sample.targets for sample in samples])),
-        positions=torch.from_numpy(np.stack([sample.positions for sample in samples])),
-        is_real=torch.from_numpy(np.stack([sample.is_real for sample in samples])),
-        document_lengths=[length for sample in samples for length in sample.document_lengths],
-    )
+    return to_batch(stack_rows(samples))
+
+
+class Taken(NamedTuple):
+    """This rank's micro-batches of a global batch, and the run's position after that batch."""
+
+    batches: list[Batch]
+    position: Position
 
 
 class Batches:
     """Reads this rank's share of global batches, the following one ahead in a thread."""
 
-    def __init__(
-        self, samples: SampleSource, *, rank: int, world: int, micro_batch_size: int
-    ) -> None:
+    def __init__(self, order: SampleOrder, *, rank: int, world: int, micro_batch_size: int) -> None:
         assert 0 <= rank < world
-        self._samples = samples
+        self._order = order
         self._rank = rank
         self._world = world
         self._micro_batch_size = micro_batch_size
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._ahead: tuple[int, int, Future[list[Batch]]] | None = None  # first, count, batches
+        self._ahead: tuple[Position, int, Future[Taken]] | None = None
 
-    def take(self, first: int, count: int) -> list[Batch]:
-        """This rank's micro-batches of the global batch of samples [first, first + count).
+    def take(self, position: Position, count: int) -> Taken:
+        """This rank's micro-batches of the `count` samples that follow a position.
 
         The batch of the same size that follows is then read in the background; if another one
         is asked for instead, it is read when it is.
 
         Raises:
-            ValueError: `count` is not a multiple of world * micro_batch_size.
+            ValueError: `count` is not a multiple of world * micro_batch_size, or the data end.
+            OSError: The corpus can't be read any more.
         """
         across = self._world * self._micro_batch_size
         if count < 1 or count % across:
@@ -88,13 +94,13 @@ class Batches:
                 f"micro_batch_size={self._micro_batch_size}; choose a multiple of {across}"
             )
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[:2] == (first, count):
-            batches = ahead[2].result()
+        if ahead is not None and ahead[:2] == (position, count):
+            taken = ahead[2].result()
         else:
-            batches = self._thread.submit(self._read, first, count).result()
-        following = first + count
-        self._ahead = following, count, self._thread.submit(self._read, following, count)
-        return batches
+            taken = self._thread.submit(self._read, position, count).result()
+        following = self._thread.submit(self._read, taken.position, count)
+        self._ahead = taken.position, count, following
+        return taken
 
     def close(self) -> None:
         """Ends the thread, after what it is reading."""
@@ -111,13 +117,28 @@ class Batches:
     ) -> None:
         self.close()
 
-    def _read(self, first: int, count: int) -> list[Batch]:
+    def _read(self, position: Position, count: int) -> Taken:
+        drawn = self._order.draw(position, count)
         size = self._micro_batch_size
-        starts = range(first + self._rank * size, first + count, self._world * size)
-        return [
-            collate([self._samples[index] for index in range(start, start + size)])
-            for start in starts
-        ]
+        starts = range(self._rank * size, count, self._world * size)
+        batches = [self._order.read(drawn.rows[start : start + size]) for start in starts]
+        return Taken([to_batch(rows) for rows in batches], drawn.position)
+
+
+def to_batch(rows: Rows) -> Batch:
+    """The rows as tensors, in page-locked memory where a GPU will fetch them."""
+    return Batch(
+        tokens=_to_tensor(rows.tokens),
+        targets=_to_tensor(rows.targets),
+        positions=_to_tensor(rows.positions),
+        is_real=_to_tensor(rows.is_real),
+        document_lengths=rows.document_lengths,
+    )
+
+
+def _to_tensor(array: npt.NDArray[Any]) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
 def validation_batches(

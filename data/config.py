@@ -7,7 +7,12 @@ import os
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Protocol
 
+from data.blend import SourceConfig, StageConfig, check_blend
+from data.fim import FimConfig, check_fim
+from data.packing import Packing
+from data.template import parse_template
 from data.tokenizer import TokenizerConfig, check_tokenizer
 
 
@@ -31,7 +36,7 @@ class Format(StrEnum):
 class DataConfig:
     """What every kind of corpus has in common."""
 
-    #: Which kind of corpus this is: stdlib, files or hub.
+    #: Which kind of corpus this is: stdlib, files, hub or mixture.
     kind: str
     #: Folder that holds the prepared corpus: tokenizer, shards, manifest.
     folder: str
@@ -45,6 +50,11 @@ class DataConfig:
     shard_bytes: int = 64 * 2**20
     #: Worker processes that tokenize; none given: one per core.
     processes: int | None = None
+    #: How documents fill sequences: concatenate (cut where one ends) or best_fit (kept whole
+    #: wherever possible, padded).
+    packing: Packing = Packing.concatenate
+    #: Fill in the middle, in training only.
+    fim: FimConfig = field(default_factory=FimConfig)
     #: No attention and no targets across documents.
     mask_documents: bool = True
     #: Positions count from 0 again in every document.
@@ -71,6 +81,10 @@ class FilesData(DataConfig):
     paths: list[str]
     #: Key or column that holds the text in jsonl and parquet files.
     text_column: str = "text"
+    #: Text out of several columns instead, such as '{title}: {body}'.
+    template: str | None = None
+    #: Text that stands before the document and that no loss is taken on, such as '{question}'.
+    prompt_template: str | None = None
     #: auto, text, jsonl or parquet.
     format: Format = Format.auto
 
@@ -88,16 +102,32 @@ class HubData(DataConfig):
     split: str = "train"
     #: Column that holds the text.
     text_column: str = "text"
+    #: Text out of several columns instead, such as '{title}: {body}'.
+    template: str | None = None
+    #: Text that stands before the document and that no loss is taken on, such as '{question}'.
+    prompt_template: str | None = None
     #: Commit, tag or branch; give a commit, or a change on the hub goes unnoticed.
     revision: str | None = None
     #: Read over the network while tokenizing instead of downloading everything first.
     streaming: bool = False
 
 
+@dataclass(slots=True, kw_only=True)
+class MixtureData(DataConfig):
+    """Prepared corpora of one tokenizer, read in turns."""
+
+    kind: str = "mixture"
+    #: The corpora: name (of your choice), folder, weight and max_epochs of each.
+    sources: list[SourceConfig]
+    #: Other weights from so many tokens on, in order: from_tokens, weights, ramp_tokens of each.
+    stages: list[StageConfig] = field(default_factory=list)
+
+
 DATA_KINDS: dict[str, type[DataConfig]] = {
     "stdlib": StdlibData,
     "files": FilesData,
     "hub": HubData,
+    "mixture": MixtureData,
 }
 
 
@@ -125,6 +155,13 @@ def check_data(config: DataConfig) -> None:
         raise ValueError(
             f"data.processes={config.processes} must be positive; choose null for one per core"
         )
+    check_fim(config.fim)
+    if isinstance(config, MixtureData):
+        check_blend(config.sources, config.stages)
+    if isinstance(config, FilesData | HubData):
+        for key in ("template", "prompt_template"):
+            if (template := getattr(config, key)) is not None:
+                parse_template(template, key=f"data.{key}")
     if isinstance(config, FilesData) and not config.paths:
         raise ValueError("data.paths is empty; give glob patterns, e.g. data.paths=['text/*.txt']")
     if isinstance(config, HubData) and not config.name:
@@ -137,6 +174,10 @@ def count_workers(config: DataConfig) -> int:
     return config.processes or len(os.sched_getaffinity(0))
 
 
-def find_folder(config: DataConfig) -> Path:
-    """The corpus folder, `~` expanded."""
+class _InFolder(Protocol):
+    folder: str
+
+
+def find_folder(config: _InFolder) -> Path:
+    """The folder of a corpus or source, `~` expanded."""
     return Path(config.folder).expanduser()

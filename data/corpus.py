@@ -1,4 +1,4 @@
-"""Where the documents of a corpus come from, as a Hugging Face data set with a column `text`.
+"""Where the documents of a corpus come from, read through Hugging Face `datasets`.
 
 Local sources are read by our own generators, which can say where in a file an error lies, and
 need neither network nor a copy on disk; the hub is left to `datasets`.
@@ -6,13 +6,14 @@ need neither network nor a copy on disk; the hub is left to `datasets`.
 
 import glob
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import datasets
 
 from data.config import DataConfig, FilesData, HubData, StdlibData
-from data.file_readers import read_files, read_python_source
+from data.document import Document
+from data.file_readers import Example, Fields, read_files, read_python_source
 
 TEST_FOLDERS = {"test", "tests", "idle_test"}
 NO_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
@@ -35,31 +36,27 @@ def find_sources(config: DataConfig) -> list[Path]:
             return []
 
 
-def read_documents(config: DataConfig) -> Iterator[bytes]:
-    """The text of each document as UTF-8, in a fixed order; a null is an empty document.
+def read_documents(config: DataConfig) -> Iterator[Document]:
+    """The documents in a fixed order; a null is an empty one.
 
     Raises:
         ValueError: See `read_files`; a data set without the split, subset or column; text that
             UTF-8 cannot hold.
     """
-    for number, example in enumerate(open_dataset(config)):
-        text = example["text"]
-        if text is not None and not isinstance(text, str):
-            raise ValueError(
-                f"document {number}: its text should be a string, found {type(text).__name__}; "
-                "choose another data.text_column"
-            )
+    for number, example in enumerate(read_examples(config)):
         try:
-            yield (text or "").encode()
+            text = (example["text"] or "").encode()
+            prompt = (example["prompt"] or "").encode() if "prompt" in example else None
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"document {number} holds half a surrogate pair at character {error.start}, "
                 "which no UTF-8 text can; mend its \\u escape or leave the document out"
             ) from error
+        yield Document(text, prompt)
 
 
-def open_dataset(config: DataConfig) -> datasets.Dataset | datasets.IterableDataset:
-    """The corpus with the single column `text`."""
+def read_examples(config: DataConfig) -> Iterable[Example]:
+    """Each document's `text` and, where there are prompts, `prompt`."""
     match config:
         case StdlibData():
             paths = [str(path) for path in find_sources(config)]
@@ -67,13 +64,16 @@ def open_dataset(config: DataConfig) -> datasets.Dataset | datasets.IterableData
                 read_python_source, gen_kwargs={"paths": paths}
             )
         case FilesData():
-            paths = [str(path) for path in find_sources(config)]
-            options = {"format": config.format, "text_column": config.text_column}
-            return datasets.IterableDataset.from_generator(
-                read_files, gen_kwargs={"paths": paths, **options}
-            )
+            options = {
+                "paths": [str(path) for path in find_sources(config)],
+                "format": config.format,
+                "text_column": config.text_column,
+                "template": config.template,
+                "prompt_template": config.prompt_template,
+            }
+            return datasets.IterableDataset.from_generator(read_files, gen_kwargs=options)
         case HubData():
-            return _open_hub(config)
+            return _read_hub(config)
         case _:
             raise AssertionError(f"no reader for {type(config).__name__}")
 
@@ -111,7 +111,7 @@ def _find_files(patterns: list[str]) -> list[Path]:
     return sorted(found)
 
 
-def _open_hub(config: HubData) -> datasets.Dataset | datasets.IterableDataset:
+def _read_hub(config: HubData) -> Iterator[Example]:
     where = f"data.name={config.name}"
     try:
         dataset = datasets.load_dataset(
@@ -126,13 +126,13 @@ def _open_hub(config: HubData) -> datasets.Dataset | datasets.IterableDataset:
             f"{where} cannot be loaded ({error}); check data.name, data.subset and data.split, "
             "and that this machine reaches the hub"
         ) from error
+    fields = Fields(config.text_column, config.template, config.prompt_template)
     columns = dataset.column_names or list(next(iter(dataset), {}))
-    if config.text_column not in columns:
-        raise ValueError(
-            f"{where} has no data.text_column={config.text_column}, its columns are "
-            f"{', '.join(columns)}; name the one that holds the text"
-        )
-    dataset = dataset.select_columns([config.text_column])
-    if config.text_column == "text":
-        return dataset  # `datasets` refuses to rename a column to its own name
-    return dataset.rename_column(config.text_column, "text")
+    for column, key in fields.columns.items():
+        if column not in columns:
+            raise ValueError(
+                f"{where} has no {key}={column}, its columns are "
+                f"{', '.join(columns)}; name the one that holds the text"
+            )
+    for number, row in enumerate(dataset.select_columns(list(fields.columns))):
+        yield fields.take(row, f"{where}, document {number}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data.config import DataConfig, count_workers
 from data.corpus import read_documents
+from data.document import Document
 from data.encode_shard import (
     EncodedShard,
     encode_in_worker,
@@ -19,13 +20,13 @@ from data.encode_shard import (
 from data.progress import Advance
 
 
-def cut_shards(documents: Iterable[bytes], shard_bytes: int) -> Iterator[list[bytes]]:
+def cut_shards(documents: Iterable[Document], shard_bytes: int) -> Iterator[list[Document]]:
     """Consecutive documents in lists that end with the document that reaches `shard_bytes`."""
-    shard: list[bytes] = []
+    shard: list[Document] = []
     size = 0
     for document in documents:
         shard.append(document)
-        size += len(document)
+        size += document.num_bytes
         if size >= shard_bytes:
             yield shard
             shard, size = [], 0
@@ -66,7 +67,7 @@ def encode_corpus(
         try:
             shards = cut_shards(read_documents(config), config.shard_bytes)
             for number, documents in enumerate(shards):
-                size = sum(map(len, documents))
+                size = sum(document.num_bytes for document in documents)
                 kept = read_record(folder, number)
                 if kept is not None:
                     _refuse_other_text(folder, number, kept, documents)
@@ -88,7 +89,7 @@ def encode_corpus(
 
 
 def _refuse_other_text(
-    folder: Path, number: int, kept: EncodedShard, documents: list[bytes]
+    folder: Path, number: int, kept: EncodedShard, documents: list[Document]
 ) -> None:
     if kept.text_sha256 != hash_documents(documents):
         raise ValueError(

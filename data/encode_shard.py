@@ -12,6 +12,7 @@ from multiprocessing import parent_process
 from pathlib import Path
 
 from data.atomic_file import read_json, write_json
+from data.document import Document, Ids, Prompted
 from data.manifest import FileRecord, ShardRecord, Split, read_shard_record
 from data.shards import bin_path, idx_path, write_shard
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -37,42 +38,53 @@ class ShardEncoder:
         self._tokenizer = load_tokenizer(tokenizer_path)
         self._validation_fraction = validation_fraction
 
-    def encode(self, number: int, documents: list[bytes]) -> EncodedShard:
+    def encode(self, number: int, documents: list[Document]) -> EncodedShard:
         """Writes the shard's files, and last of all the record that says that it is finished.
 
-        Each document (UTF-8) becomes bos, its tokens, eos; empty ones are counted and left out.
+        Each document becomes bos, its tokens, eos; empty ones are counted and left out.
         """
-        splits: dict[Split, list[bytes]] = {Split.train: [], Split.validation: []}
-        for document in filter(None, documents):
-            splits[choose_split(document, self._validation_fraction)].append(document)
+        splits: dict[Split, list[Document]] = {Split.train: [], Split.validation: []}
+        for document in documents:
+            if document.text:
+                splits[split_of(document, self._validation_fraction)].append(document)
         encoded = EncodedShard(
             text_sha256=hash_documents(documents),
-            empty_documents=sum(not document for document in documents),
+            empty_documents=sum(not document.text for document in documents),
             train=self._write(Split.train, number, splits[Split.train]),
             validation=self._write(Split.validation, number, splits[Split.validation]),
         )
         write_json(record_path(self._folder, number), asdict(encoded))
         return encoded
 
-    def _write(self, split: Split, number: int, documents: list[bytes]) -> ShardRecord | None:
+    def _write(self, split: Split, number: int, documents: list[Document]) -> ShardRecord | None:
         if not documents:
             return None
         prefix = self._folder / f"{split}-{number:05d}"
-        ids = (encode_document(self._tokenizer, document.decode()) for document in documents)
+        ids = (encode_document(self._tokenizer, document) for document in documents)
         summary = write_shard(prefix, ids, vocab_size=self._tokenizer.size)
         return ShardRecord(
             name=prefix.name,
             documents=summary.documents,
             tokens=summary.tokens,
-            text_bytes=sum(map(len, documents)),
+            prompt_tokens=summary.prompt_tokens,
+            text_bytes=sum(len(document.text) for document in documents),
             bin=FileRecord(bin_path(prefix).name, summary.bin_bytes, summary.bin_sha256),
             idx=FileRecord(idx_path(prefix).name, summary.idx_bytes, summary.idx_sha256),
         )
 
 
-def encode_document(tokenizer: Tokenizer, text: str) -> list[int]:
-    """A document as it is stored: bos, its tokens, eos."""
-    return [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+def encode_document(tokenizer: Tokenizer, document: Document) -> Ids:
+    """A document as it is stored: bos, the prompt's tokens if any, the text's, eos."""
+    text = [*tokenizer.encode(document.text.decode()), tokenizer.eos_id]
+    if document.prompt is None:
+        return [tokenizer.bos_id, *text]
+    return Prompted([tokenizer.bos_id, *tokenizer.encode(document.prompt.decode())], text)
+
+
+def split_of(document: Document, validation_fraction: float) -> Split:
+    """The split of a document; its prompt counts too."""
+    before = document.prompt + b"\0" if document.prompt else b""
+    return choose_split(before + document.text, validation_fraction)
 
 
 def choose_split(document: bytes, validation_fraction: float) -> Split:
@@ -82,12 +94,13 @@ def choose_split(document: bytes, validation_fraction: float) -> Split:
     return Split.validation if held_out else Split.train
 
 
-def hash_documents(documents: list[bytes]) -> str:
+def hash_documents(documents: list[Document]) -> str:
     """sha256 of the documents and of where they end."""
     digest = sha256()
     for document in documents:
-        digest.update(len(document).to_bytes(8))
-        digest.update(document)
+        for part in (document.text, document.prompt or b""):
+            digest.update(len(part).to_bytes(8))
+            digest.update(part)
     return digest.hexdigest()
 
 
@@ -129,7 +142,7 @@ def start_worker(folder: Path, tokenizer_path: Path, validation_fraction: float)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
-def encode_in_worker(number: int, documents: list[bytes]) -> EncodedShard:
+def encode_in_worker(number: int, documents: list[Document]) -> EncodedShard:
     """`ShardEncoder.encode` in a worker process."""
     return _encoder.encode(number, documents)
 

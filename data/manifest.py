@@ -13,9 +13,10 @@ from typing import Any
 
 from data.atomic_file import hash_file, read_json, write_json
 from data.config import Verify
+from data.tokenizer import FimIds
 
 FILE = "manifest.json"
-VERSION = 1
+VERSION = 2
 
 
 class Split(StrEnum):
@@ -36,11 +37,15 @@ class FileRecord:
 
 @dataclass(slots=True, frozen=True)
 class ShardRecord:
-    """One shard; `text_bytes` is the UTF-8 size of its documents before tokenization."""
+    """One shard; `text_bytes` is the UTF-8 size of its documents before tokenization.
+
+    Prompts are left out of `text_bytes`: it is the text that a model is judged by.
+    """
 
     name: str
     documents: int
     tokens: int
+    prompt_tokens: int
     text_bytes: int
     bin: FileRecord
     idx: FileRecord
@@ -55,6 +60,7 @@ class TokenizerRecord:
     bos_id: int
     eos_id: int
     pad_id: int
+    fim: FimIds | None
 
     @property
     def fingerprint(self) -> str:
@@ -64,13 +70,32 @@ class TokenizerRecord:
 
 @dataclass(slots=True, frozen=True)
 class SplitRecord:
-    """One split: its shards in order, their sums and how often each token id occurs."""
+    """One split: its shards in order, their sums, how often each token id occurs, and the index
+    of its documents (see `data/documents.py`)."""
 
     documents: int
     tokens: int
+    prompt_tokens: int
     text_bytes: int
     unigram: FileRecord
+    index: FileRecord | None  # None only of a mixture's training split
+    prompts: FileRecord | None
     shards: list[ShardRecord]
+
+    def count_predicted(self, *, are_documents_masked: bool) -> int:
+        """Tokens that are a target: no prompt's, and no bos where documents can't see each
+        other. Prompts begin with bos."""
+        hidden = (s.prompt_tokens or s.documents * are_documents_masked for s in self.shards)
+        return self.tokens - sum(hidden)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the hashes of everything that decides what is read."""
+        hashes = [
+            self.index.sha256 if self.index else "",
+            *(shard.bin.sha256 for shard in self.shards),
+        ]
+        return sha256(" ".join(hashes).encode()).hexdigest()
 
 
 @dataclass(slots=True, frozen=True)
@@ -128,7 +153,9 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} is corrupted: its content does not match its sha256; "
             "restore it, or delete the folder and prepare again"
         )
-    tokenizer = content["tokenizer"] | {"file": FileRecord(**content["tokenizer"]["file"])}
+    tokenizer = content["tokenizer"]
+    tokenizer["file"] = FileRecord(**tokenizer["file"])
+    tokenizer["fim"] = FimIds(*tokenizer["fim"]) if tokenizer["fim"] is not None else None
     return Manifest(
         tokenizer=TokenizerRecord(**tokenizer),
         train=_read_split(content["train"]),
@@ -146,7 +173,9 @@ def verify_corpus(folder: Path, manifest: Manifest, *, verify: Verify) -> None:
     """
     splits = (manifest.train, manifest.validation)
     shards = [shard for split in splits for shard in split.shards]
-    files = [manifest.tokenizer.file, *(split.unigram for split in splits)]
+    files = [manifest.tokenizer.file]
+    for split in splits:
+        files += filter(None, (split.unigram, split.index, split.prompts))
     for record in [*files, *(file for shard in shards for file in (shard.bin, shard.idx))]:
         fault = _find_fault(folder / record.name, record, verify)
         if fault is not None:
@@ -169,8 +198,11 @@ def _find_fault(path: Path, record: FileRecord, verify: Verify) -> str | None:
 
 def _read_split(content: dict[str, Any]) -> SplitRecord:
     shards = [read_shard_record(shard) for shard in content["shards"]]
-    unigram = FileRecord(**content["unigram"])
-    return SplitRecord(**content | {"unigram": unigram, "shards": shards})
+    files = {
+        name: FileRecord(**content[name]) if content[name] is not None else None
+        for name in ("unigram", "index", "prompts")
+    }
+    return SplitRecord(**content | files | {"shards": shards})
 
 
 def _hash(content: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ FILE = "origin.json"
 # What these settings say is said by the list of sources, or matters only when reading.
 NOT_COMPARED = {
     *("folder", "seq_len", "processes", "verify", "mask_documents", "reset_positions"),
-    *("paths", "streaming", "tokenizer"),
+    *("packing", "fim", "paths", "streaming", "tokenizer"),
 }
 
 

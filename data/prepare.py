@@ -5,6 +5,8 @@
     folder/train-00000.bin .idx        shards of tokens; validation-00000 likewise
     folder/finished_shards/00000.json  record of a finished shard, until all are finished
     folder/unigram-train.npy           how often each token occurs; validation likewise
+    folder/documents-train.i64         where each document begins; validation likewise
+    folder/prompts-train.i32           how long its prompt is, if there are prompts
     folder/manifest.json               written last
 
 Nothing depends on time or on the number of processes: two runs write the same bytes. A run that
@@ -22,10 +24,11 @@ import numpy as np
 
 from data import origin
 from data.atomic_file import write_aside
-from data.config import DataConfig, Verify, check_data, find_folder
+from data.config import DataConfig, MixtureData, Verify, check_data, find_folder
 from data.corpus import read_documents
+from data.documents import write_index
 from data.encode_corpus import encode_corpus
-from data.encode_shard import EncodedShard, choose_split, clear_records
+from data.encode_shard import EncodedShard, clear_records, split_of
 from data.manifest import (
     FILE,
     Manifest,
@@ -38,6 +41,7 @@ from data.manifest import (
     verify_corpus,
     write_manifest,
 )
+from data.prepare_mixture import prepare_mixture
 from data.progress import Advance, Progress, open_progress
 from data.tokenizer import load_tokenizer
 from data.train_tokenizer import sample_passages, train_tokenizer
@@ -66,6 +70,8 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Prepared
     """
     check_data(config)
     folder = find_folder(config)
+    if isinstance(config, MixtureData):
+        return Prepared(folder, prepare_mixture(config), was_ready=False)
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder):
         if (folder / FILE).is_file():
@@ -82,6 +88,9 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Prepared
 
 def tokenizer_path(config: DataConfig) -> Path:
     """The corpus' own tokenizer file."""
+    if isinstance(config, MixtureData):
+        source = find_folder(config.sources[0])
+        return find_folder(config) / read_manifest(source).tokenizer.file.name
     given = config.tokenizer.path
     return find_folder(config) / f"tokenizer{'.model' if given is None else Path(given).suffix}"
 
@@ -124,10 +133,11 @@ def _train_tokenizer(config: DataConfig, path: Path, advance: Advance) -> int:
     def training_texts() -> Iterator[str]:
         nonlocal total_bytes
         for document in read_documents(config):
-            total_bytes += len(document)
-            advance(len(document))
-            if document and choose_split(document, config.validation_fraction) is Split.train:
-                yield document.decode()
+            total_bytes += document.num_bytes
+            advance(document.num_bytes)
+            is_train = split_of(document, config.validation_fraction) is Split.train
+            if document.text and is_train:
+                yield ((document.prompt or b"") + document.text).decode()
 
     passages = sample_passages(training_texts(), max_bytes=config.tokenizer.train_bytes)
     if not passages:
@@ -155,6 +165,7 @@ def _finish(config: DataConfig, folder: Path, shards: list[EncodedShard]) -> Man
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
+            fim=tokenizer.fim,
         ),
         train=_finish_split(folder, Split.train, splits[Split.train], tokenizer.size),
         validation=_finish_split(
@@ -173,15 +184,21 @@ def _finish(config: DataConfig, folder: Path, shards: list[EncodedShard]) -> Man
 def _finish_split(
     folder: Path, split: Split, shards: list[ShardRecord], vocab_size: int
 ) -> SplitRecord:
-    counts = count_tokens((folder / shard.name for shard in shards), vocab_size=vocab_size)
-    path = folder / f"unigram-{split}.npy"
-    with write_aside(path) as file:
-        np.save(file, counts)
+    prefixes = [folder / shard.name for shard in shards]
+    unigram = folder / f"unigram-{split}.npy"
+    with write_aside(unigram) as file:
+        np.save(file, count_tokens(prefixes, vocab_size=vocab_size))
+    index, prompts = folder / f"documents-{split}.i64", folder / f"prompts-{split}.i32"
+    prompt_tokens = sum(shard.prompt_tokens for shard in shards)
+    write_index(dict.fromkeys(prefixes, True), index, prompts if prompt_tokens else None)
     return SplitRecord(
         documents=sum(shard.documents for shard in shards),
         tokens=sum(shard.tokens for shard in shards),
+        prompt_tokens=prompt_tokens,
         text_bytes=sum(shard.text_bytes for shard in shards),
-        unigram=record_file(path),
+        unigram=record_file(unigram),
+        index=record_file(index),
+        prompts=record_file(prompts) if prompt_tokens else None,
         shards=shards,
     )
 

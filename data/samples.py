@@ -1,8 +1,8 @@
-"""Samples of a fixed length out of a token stream, in one order that never ends.
+"""Held-out text in samples of a fixed length, in the order in which it lies in the stream.
 
-S = seq_len. Sample k of an epoch covers the stream's tokens k*S ... (k+1)*S inclusive: S inputs
-and their targets, the last token shared with the next sample. The tail of the stream that fills
-no sample is left out.
+S = seq_len. Sample k covers the stream's tokens k*S ... (k+1)*S inclusive: S inputs and their
+targets, the last token shared with the next sample. The tail of the stream that fills no sample is
+left out. (What is trained on has an order of its own: `data/mixture.py`.)
 """
 
 from typing import NamedTuple
@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data.config import DataConfig, find_folder
-from data.manifest import Split
-from data.permutation import Permutation
+from data.documents import MappedIndex
+from data.manifest import Split, read_manifest
 from data.token_stream import TokenStream
 
 IGNORED = -100
@@ -54,7 +54,7 @@ def pack(
 
 
 class Samples:
-    """Sample k for any k >= 0, a pure function of (seed, k); every epoch has an order of its own.
+    """Sample k of a split.
 
     Raises:
         ValueError: The split does not fill one sample.
@@ -63,15 +63,14 @@ class Samples:
     def __init__(
         self,
         stream: TokenStream,
+        index: MappedIndex | None = None,
         *,
         seq_len: int,
-        seed: int,
-        shuffle: bool,
         mask_documents: bool,
         reset_positions: bool,
     ) -> None:
+        """`index` is needed where documents have prompts."""
         self.num_samples = (len(stream) - 1) // seq_len
-        """Samples per epoch."""
         if self.num_samples < 1:
             raise ValueError(
                 f"data.seq_len={seq_len} needs {seq_len + 1} tokens, the split has {len(stream)}; "
@@ -80,29 +79,26 @@ class Samples:
         self.seq_len = seq_len
         self.tokenizer = stream.tokenizer
         self._stream = stream
-        self._seed = seed
-        self._shuffle = shuffle
+        self._index = index
         self._mask_documents = mask_documents
         self._reset_positions = reset_positions
 
-    def __getitem__(self, index: int) -> Sample:
-        """Sample `index` of the run, not of the epoch."""
-        assert index >= 0
-        start = self.place(index) * self.seq_len
+    def __getitem__(self, number: int) -> Sample:
+        assert 0 <= number < self.num_samples
+        start = number * self.seq_len
         stop = start + self.seq_len + 1
-        return pack(
+        sample = pack(
             self._stream.read(start, stop),
             [place - start for place in self._stream.document_starts(start + 1, stop)],
             mask_documents=self._mask_documents,
             reset_positions=self._reset_positions,
         )
-
-    def place(self, index: int) -> int:
-        """Where in the stream sample `index` lies, counted in samples."""
-        epoch, place = divmod(index, self.num_samples)
-        if not self._shuffle:
-            return place
-        return Permutation(self.num_samples, key=f"{self._seed} {epoch}".encode())(place)
+        if self._index is not None:
+            spans = self._index.find(self._index.find_overlapping(start, stop))
+            ends = spans.starts + spans.prompts - 1 - start
+            for first, end in zip((spans.starts - start).tolist(), ends.tolist(), strict=True):
+                sample.targets[max(first, 0) : max(end, 0)] = IGNORED
+        return sample
 
     def padding(self) -> Sample:
         """A sample without any target."""
@@ -115,29 +111,28 @@ class Samples:
         )
 
 
-def open_samples(
-    config: DataConfig,
-    split: Split,
-    *,
-    seed: int,
-    tokenizer_fingerprint: str | None = None,
-) -> Samples:
-    """A split of the prepared corpus of `config`; only the training split is shuffled.
+def open_samples(config: DataConfig, *, tokenizer_fingerprint: str | None = None) -> Samples:
+    """The validation split of the prepared corpus of `config`.
 
     Raises:
         ValueError: See `TokenStream` and `Samples`.
     """
+    folder = find_folder(config)
     stream = TokenStream(
-        find_folder(config),
-        split,
+        folder,
+        Split.validation,
         verify=config.verify,
         tokenizer_fingerprint=tokenizer_fingerprint,
     )
+    record = read_manifest(folder).validation
+    index = None
+    if record.prompts is not None:
+        assert record.index is not None
+        index = MappedIndex(folder / record.index.name, folder / record.prompts.name)
     return Samples(
         stream,
+        index,
         seq_len=config.seq_len,
-        seed=seed,
-        shuffle=split is Split.train,
         mask_documents=config.mask_documents,
         reset_positions=config.reset_positions,
     )

@@ -6,7 +6,8 @@ The index, little-endian without padding (megatron/core/datasets/indexed_dataset
     sequence lengths i32[N], byte offsets of the sequences i64[N], first sequence of each
     document i64[D], the last of them N.
 
-We write each document as one sequence, bos first and eos last.
+We write each document as one sequence, bos first and eos last; one with a prompt as two, the
+prompt and the rest.
 """
 
 import struct
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.atomic_file import write_aside
+from data.document import Ids, Prompted
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -43,6 +45,7 @@ class ShardSummary(NamedTuple):
     bin_sha256: str
     idx_bytes: int
     idx_sha256: str
+    prompt_tokens: int
 
 
 def choose_dtype(vocab_size: int) -> int:
@@ -60,42 +63,49 @@ def idx_path(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".idx")
 
 
-def write_shard(prefix: Path, documents: Iterable[list[int]], *, vocab_size: int) -> ShardSummary:
+def write_shard(prefix: Path, documents: Iterable[Ids], *, vocab_size: int) -> ShardSummary:
     """Streams documents of token ids to `prefix`.bin and .idx, each complete or absent.
 
     The index is renamed last, so a shard with an index is whole.
     """
     code = choose_dtype(vocab_size)
     dtype = DTYPES[code]
-    lengths = []
+    lengths: list[int] = []  # of sequences
+    borders = [0]  # the first sequence of each document, and the end
+    prompt_tokens = 0
     digest = sha256()
     with write_aside(bin_path(prefix)) as file:
         for ids in documents:
-            encoded = np.asarray(ids, dtype).tobytes()
-            lengths.append(len(ids))
-            digest.update(encoded)
-            file.write(encoded)
-    index = _build_index(np.asarray(lengths, "<i4"), code)
+            sequences = ids if isinstance(ids, Prompted) else (ids,)
+            for sequence in sequences:
+                encoded = np.asarray(sequence, dtype).tobytes()
+                lengths.append(len(sequence))
+                digest.update(encoded)
+                file.write(encoded)
+            borders.append(len(lengths))
+            prompt_tokens += len(ids.prompt) if isinstance(ids, Prompted) else 0
+    index = _build_index(np.asarray(lengths, "<i4"), np.asarray(borders, "<i8"), code)
     with write_aside(idx_path(prefix)) as file:
         file.write(index)
     tokens = sum(lengths)
     return ShardSummary(
-        documents=len(lengths),
+        documents=len(borders) - 1,
         tokens=tokens,
         bin_bytes=tokens * dtype.itemsize,
         bin_sha256=digest.hexdigest(),
         idx_bytes=len(index),
         idx_sha256=sha256(index).hexdigest(),
+        prompt_tokens=prompt_tokens,
     )
 
 
-def _build_index(lengths: npt.NDArray[np.int32], code: int) -> bytes:
-    num_documents = len(lengths)
+def _build_index(
+    lengths: npt.NDArray[np.int32], borders: npt.NDArray[np.int64], code: int
+) -> bytes:
     ends = np.cumsum(lengths, dtype="<i8") * DTYPES[code].itemsize
     offsets = np.concatenate([np.zeros(1, "<i8"), ends])[:-1]
-    documents = np.arange(num_documents + 1, dtype="<i8")
-    header = HEADER.pack(MAGIC, 1, code, num_documents, num_documents + 1)
-    return header + lengths.tobytes() + offsets.astype("<i8").tobytes() + documents.tobytes()
+    header = HEADER.pack(MAGIC, 1, code, len(lengths), len(borders))
+    return header + lengths.tobytes() + offsets.astype("<i8").tobytes() + borders.tobytes()
 
 
 class Shard:
@@ -132,11 +142,26 @@ class Shard:
         self.tokens: npt.NDArray[np.integer[Any]] = np.memmap(tokens_path, DTYPES[code], mode="r")
         """All tokens of the shard, [num_tokens]."""
         last = index[offsets_at - 4 : offsets_at].view("<i4")
-        expected = int(self._offsets[-1]) // DTYPES[code].itemsize + int(last[0])
+        expected = 0
+        if num_sequences:
+            expected = int(self._offsets[-1]) // DTYPES[code].itemsize + int(last[0])
         if len(self.tokens) != expected:
             raise ValueError(
                 f"{tokens_path} holds {len(self.tokens)} tokens, its index says {expected}"
             )
+
+    def all_starts(self) -> npt.NDArray[np.int64]:
+        """The place of every document's first token, and the end, [num_documents + 1]."""
+        places = np.append(self._offsets.copy() // self.tokens.itemsize, len(self.tokens))
+        return np.asarray(places[self._borders.copy()], np.int64)
+
+    def prompt_lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of every document's first sequence where it has two, else 0, [num_documents]."""
+        borders = self._borders.copy()
+        has_prompt = np.diff(borders) == 2
+        places = np.append(self._offsets.copy() // self.tokens.itemsize, len(self.tokens))
+        firsts = places[np.minimum(borders[:-1] + 1, self._num_sequences)] - places[borders[:-1]]
+        return np.where(has_prompt, firsts, 0).astype(np.int32)
 
     def document_start(self, document: int) -> int:
         """The place of the document's first token in `tokens`."""

@@ -62,6 +62,17 @@ class TokenStream:
         ]
         return np.concatenate(pieces, dtype=np.int64)
 
+    def token(self, place: int) -> int:
+        """The token at a place."""
+        number = bisect_right(self._starts, place) - 1
+        return int(self._open(number).tokens[place - self._starts[number]])
+
+    def read_into(self, row: npt.NDArray[np.int64], place: int) -> None:
+        """Fill `row` with the tokens from a place on, all of one document."""
+        number = bisect_right(self._starts, place) - 1
+        start = place - self._starts[number]
+        row[:] = self._open(number).tokens[start : start + len(row)]
+
     def document_starts(self, start: int, stop: int) -> list[int]:
         """Places in [start, stop) where a document begins."""
         return [

@@ -41,14 +41,24 @@ def list_keys(schema: type[Any], *, prefix: str = "") -> Iterator[Key]:
         elif is_dataclass(hint):
             assert isinstance(hint, type)
             yield from list_keys(hint, prefix=f"{name}.")
+        elif is_dataclass(element := _list_element(hint)):
+            yield Key(name, "list", _default(field), comments[field.name], ())
+            yield from list_keys(element, prefix=f"{name}[].")
         else:
             yield Key(name, _type_name(hint), _default(field), comments[field.name], ())
 
 
 def _section_type(hint: Any) -> Any:
     """The dataclass of a section that may be null; any other type as it is."""
+    if _list_element(hint) is not None:
+        return hint
     sections = [argument for argument in get_args(hint) if is_dataclass(argument)]
     return sections[0] if sections else hint
+
+
+def _list_element(hint: Any) -> Any:
+    """What a list holds; None for what is no list."""
+    return get_args(hint)[0] if getattr(hint, "__origin__", None) is list else None
 
 
 def _list_kinds(section: type[Any], *, prefix: str) -> Iterator[Key]:
@@ -97,8 +107,10 @@ def _type_name(hint: Any) -> str:
     arguments = get_args(hint)
     if not arguments:
         return str(hint.__name__)
-    if getattr(hint, "__origin__", None) is list:
+    if _list_element(hint) is not None:
         return f"list of {_type_name(arguments[0])}"
+    if getattr(hint, "__origin__", None) is dict:
+        return f"{_type_name(arguments[1])} of each {_type_name(arguments[0])}"
     return " | ".join(_type_name(argument) for argument in arguments)
 
 

@@ -15,8 +15,12 @@ from train.config import CONFIG_FILE, RunConfig, read_config, write_config
 
 # A continuation keeps these; anything else may change from one start to the next.
 FIXED = ("model", "data", "seed", "init_from")
-# Where the corpus lies and how it is checked, not what it is.
-MOVABLE = ("data.folder", "data.processes", "data.verify")
+# Where the corpus lies, how it is checked, and how it is read: the position in the data knows.
+MOVABLE = (
+    *("data.folder", "data.processes", "data.verify"),
+    *("data.seq_len", "data.packing", "data.fim", "data.mask_documents", "data.reset_positions"),
+    *("data.sources", "data.stages"),
+)
 SECTIONS = {name for name, kind in get_type_hints(LaunchedRun).items() if is_dataclass(kind)}
 
 
@@ -71,7 +75,7 @@ def prepare_folder(config: LaunchedRun) -> list[Change]:
         refused = [
             change
             for change in changes
-            if change.key.split(".")[0] in FIXED and change.key not in MOVABLE
+            if change.key.split(".")[0] in FIXED and not is_movable(change.key)
         ]
         if refused:
             listed = "; ".join(map(str, refused))
@@ -82,6 +86,11 @@ def prepare_folder(config: LaunchedRun) -> list[Change]:
     run_dir.mkdir(parents=True, exist_ok=True)
     write_config(config, path)
     return changes
+
+
+def is_movable(key: str) -> bool:
+    """Whether a key of a fixed section may change all the same."""
+    return any(key == name or key.startswith(f"{name}.") for name in MOVABLE)
 
 
 def compare(old: RunConfig, new: RunConfig) -> list[Change]:

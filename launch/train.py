@@ -5,7 +5,7 @@ import logging
 import sys
 from pathlib import Path
 
-from data.config import find_folder
+from data.config import MixtureData, find_folder
 from data.prepare import prepare
 from launch.compose import Job, run_jobs, to_config, worst
 from launch.config import LaunchedRun, check_launched
@@ -41,6 +41,9 @@ def train_job(job: Job) -> ExitCode:
     check_launched(config)
     # Later commands may come from elsewhere; they read where the corpus is in the run's config.
     config.data.folder = str(find_folder(config.data).absolute())
+    if isinstance(config.data, MixtureData):
+        for source in config.data.sources:
+            source.folder = str(find_folder(source).absolute())
     check_start(config)
     run_dir = Path(config.run_dir)
     with hold_folder(run_dir):

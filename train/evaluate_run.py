@@ -5,7 +5,6 @@ from pathlib import Path
 
 from data.batches import Batch
 from data.config import find_folder
-from data.manifest import Split
 from data.samples import open_samples
 from model.transformer import Sums
 from train.evaluation import Evaluation, evaluate
@@ -38,8 +37,6 @@ def evaluate_run(config: EvaluateConfig) -> Evaluation:
     data, device = restored.config.data, ranks.device
     samples = open_samples(
         data,
-        Split.validation,
-        seed=restored.config.seed,
         tokenizer_fingerprint=restored.tokenizer.fingerprint,
     )
 

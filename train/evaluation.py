@@ -79,8 +79,7 @@ def evaluate(
     targets = int(target_counts.sum())
     loss = sum(share.nats for share in shares) / targets
     record = read_manifest(corpus).validation
-    # A document's first token (bos) is predicted only where documents see each other.
-    predicted = record.tokens - record.documents * are_documents_masked
+    predicted = record.count_predicted(are_documents_masked=are_documents_masked)
     predicted_per_byte = predicted / record.text_bytes
     return Evaluation(
         loss=loss,

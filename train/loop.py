@@ -32,7 +32,7 @@ def train(config: RunConfig, ranks: Ranks) -> Outcome:
         while progress.step < schedule.steps:
             run.check_save(journal)
             size = batch_size(schedule, progress.step)
-            micro_batches = batches.take(progress.samples, size)
+            micro_batches, position = batches.take(progress.data, size)
             over = count_denominators(micro_batches, config.model, ranks)
             if ranks.any(interrupt.is_requested):
                 run.save(journal, is_last=True)
@@ -41,7 +41,7 @@ def train(config: RunConfig, ranks: Ranks) -> Outcome:
             lr = learning_rate(schedule, progress.step)
             model = model_at(config.model, schedule, progress.step)
             report = update(run.engine, micro_batches, over, config=model, lr=lr)
-            progress.advance(size, over.targets, is_applied=report.is_applied)
+            progress.advance(position, over.targets, is_applied=report.is_applied)
             run.meters.count(size)
             if report.is_applied:
                 run.ema.update(run.engine.fragments(), updates=progress.updates)

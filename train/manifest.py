@@ -89,7 +89,7 @@ class Manifest:
     format: int = FORMAT
     step: int
     tokens: int = 0  # seen: tokens that were predicted, over the whole run
-    progress: dict[str, Any]  # the run's counters, data position included
+    progress: dict[str, Any]  # the run's counters and its position in the data (`Progress`)
     schedule: dict[str, float] = field(default_factory=dict)  # rate and batch of the last step
     evaluation: Measured | None = None  # at this step; None where there was none
     loss: float | None = None  # training loss of the last step that was read

@@ -16,7 +16,7 @@ from train.coverage import check_coverage
 from train.ema import EMA, ema_name, is_average, is_weight
 from train.engine import Engine
 from train.manifest import Fragment, Manifest, Origin, Parent
-from train.progress import Progress
+from train.progress import Progress, read_progress
 from train.ranks import Ranks
 from train.restore import check_start
 
@@ -72,7 +72,7 @@ class Resumption:
         folder = source.path(manifest.step)
         fragments = [*self.engine.fragments(), *self.engine.buffers()]
         load(folder, manifest, [one for one in fragments if one.name not in missing])
-        progress = Progress(**manifest.progress)
+        progress = read_progress(manifest.progress)
         self.engine.finish_load(updates=progress.updates)
         self._restore_rng(folder, manifest)
         log.info("resumed from %s at sample %d", folder, progress.samples)

@@ -12,8 +12,9 @@ import torch
 
 from data.batches import Batches
 from data.config import Verify, find_folder
-from data.manifest import Split, read_manifest
+from data.manifest import read_manifest
 from data.samples import open_samples
+from data.training_data import TrainingData
 from model.cost import count_parameters
 from train.agreement import check_agreement
 from train.checkpoint import Checkpoints, OnError, SaveError
@@ -58,9 +59,10 @@ class Run:
         # The first rank reads the whole corpus once to check it; the others trust its word.
         trusting = replace(config.data, verify=Verify.fast)
         data = config.data if ranks.is_first else trusting
-        self.validation = open_samples(trusting, Split.validation, seed=config.seed)
+        self.validation = open_samples(trusting)
+        self.training = TrainingData(data, seed=config.seed)
         self.batches = Batches(
-            open_samples(data, Split.train, seed=config.seed),
+            self.training,
             rank=ranks.replica,
             world=ranks.num_replicas,
             micro_batch_size=config.parallel.micro_batch_size,
@@ -80,6 +82,7 @@ class Run:
         resumption = Resumption(config, ranks, self.engine, tokenizer=tokenizer)
         self._beginning = resumption.begin(self.checkpoints, self.ema)
         self.progress = self._beginning.progress
+        self.progress.data = self.training.enter(self.progress.data)
         self.meters = Meters(config, ranks)
         self.meters.restore(self._beginning.meters)
         self.saver = self._open_saver()

@@ -7,22 +7,34 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.batches import Batch, Batches, collate, validation_batches
+from data.batches import Batch, Batches, collate, to_batch, validation_batches
 from data.config import FilesData, Verify
-from data.manifest import Split
+from data.mixture import Drawn, Row
+from data.position import Position
 from data.prepare import Prepared
-from data.samples import IGNORED, Sample, Samples, open_samples
+from data.rows import Rows
+from data.samples import IGNORED, open_samples
+from data.training_data import TrainingData
 
 SEQ_LEN = 32
 
 
 @pytest.fixture(scope="module")
-def samples(prepared: Prepared) -> Samples:
+def order(prepared: Prepared) -> TrainingData:
     return open_train(prepared)
 
 
-def open_train(prepared: Prepared) -> Samples:
-    return open_samples(read_config(prepared), Split.train, seed=1)
+def open_train(prepared: Prepared) -> TrainingData:
+    return TrainingData(read_config(prepared), seed=1)
+
+
+def read_alone(order: TrainingData, count: int) -> torch.Tensor:
+    """The first samples, one after another in batches of one."""
+    position, batches = Position(), []
+    for _ in range(count):
+        rows, position = order.draw(position, 1)
+        batches.append(to_batch(order.read(rows)))
+    return join(batches)
 
 
 def read_config(prepared: Prepared) -> FilesData:
@@ -41,76 +53,84 @@ def join(batches: list[Batch]) -> torch.Tensor:
     ("world", "micro_batch_size"), [(1, 1), (1, 24), (2, 3), (3, 4), (4, 2), (24, 1)]
 )
 def test_the_ranks_together_read_the_samples_in_order(
-    samples: Samples, world: int, micro_batch_size: int
+    order: TrainingData, world: int, micro_batch_size: int
 ) -> None:
-    first, count = 7, 24
-    expected = join([collate([samples[index]]) for index in range(first, first + count)])
+    before, count = order.draw(Position(), 7).position, 24
+    expected = read_alone(order, 7 + count)[7:]
     shares = []
     for rank in range(world):
-        with Batches(samples, rank=rank, world=world, micro_batch_size=micro_batch_size) as batches:
-            shares.append(batches.take(first, count))
+        with Batches(order, rank=rank, world=world, micro_batch_size=micro_batch_size) as batches:
+            taken = batches.take(before, count)
+        shares.append(taken.batches)
+        assert taken.position == order.draw(Position(), 7 + count).position
     in_order = [share[m] for m in range(len(shares[0])) for share in shares]
     assert all(batch.tokens.shape == (micro_batch_size, SEQ_LEN) for batch in in_order)
     assert torch.equal(join(in_order), expected)
 
 
-def test_a_batch_keeps_each_samples_segments(samples: Samples) -> None:
-    batch = collate([samples[index] for index in range(6)])
+def test_a_batch_keeps_each_samples_segments(order: TrainingData) -> None:
+    rows = order.draw(Position(), 6).rows
+    batch = to_batch(order.read(rows))
     assert batch.tokens.dtype == batch.targets.dtype == batch.positions.dtype == torch.int64
     assert sum(batch.document_lengths) == 6 * SEQ_LEN
-    expected = [length for index in range(6) for length in samples[index].document_lengths]
+    expected = [length for row in rows for length in order.read([row]).document_lengths]
     assert batch.document_lengths == expected
 
 
 def test_the_next_batch_is_read_ahead_and_a_wrong_guess_is_read_anew(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    samples = open_train(prepared)
-    expected = {index: samples[index] for index in range(100)}
-    read: list[tuple[int, str]] = []
+    order = open_train(prepared)
+    expected = read_alone(order, 100)
+    draw, drawn = order.draw, []
 
-    def recorded(self: Samples, index: int) -> Sample:
-        read.append((index, threading.current_thread().name))
-        return expected[index]
+    def recorded(position: Position, count: int) -> Drawn[Row]:
+        drawn.append((position.samples, count, threading.current_thread().name))
+        return draw(position, count)
 
-    monkeypatch.setattr(Samples, "__getitem__", recorded)
-    batches = Batches(samples, rank=0, world=1, micro_batch_size=2)
+    monkeypatch.setattr(order, "draw", recorded)
+    batches = Batches(order, rank=0, world=1, micro_batch_size=2)
+    at_50 = draw(Position(), 50).position
+    position = Position()
     for first, count in [(0, 4), (4, 4), (8, 2), (50, 6)]:
-        (tokens,) = [torch.cat([batch.tokens for batch in batches.take(first, count)])]
-        for place, index in enumerate(range(first, first + count)):
-            assert tokens[place].tolist() == expected[index].tokens.tolist()
+        taken = batches.take(at_50 if first == 50 else position, count)
+        assert torch.equal(join(taken.batches), expected[first : first + count])
+        position = taken.position
+        assert position.samples == first + count
     batches.close()
-    indices = [index for index, _ in read]
-    assert indices[:12] == list(range(12))  # 0-3, 4-7 ahead, 8-11 ahead by a wrong guess
-    assert indices[12:14] == [8, 9]
-    assert all(name.startswith("batches") for _, name in read)
+    asked = [(first, count) for first, count, _ in drawn]
+    # 8-12 is read ahead by a wrong guess.
+    assert asked[:5] == [(0, 4), (4, 4), (8, 4), (8, 2), (10, 2)]
+    assert all(name.startswith("batches") for _, _, name in drawn)
     assert not any(thread.name.startswith("batches") for thread in threading.enumerate())
 
 
 def test_an_error_while_reading_ahead_surfaces_when_it_is_asked_for(
-    samples: Samples, monkeypatch: pytest.MonkeyPatch
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = Samples.__getitem__
+    order = open_train(prepared)
+    read, calls = order.read, 0
 
-    def fail_once(self: Samples, index: int) -> Sample:
-        if index == 5:
-            monkeypatch.undo()
+    def fail_once(rows: list[Row]) -> Rows:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
             raise OSError("the file system vanished")
-        return read(self, index)
+        return read(rows)
 
-    monkeypatch.setattr(Samples, "__getitem__", fail_once)
-    with Batches(samples, rank=0, world=1, micro_batch_size=1) as batches:
-        batches.take(0, 4)
+    monkeypatch.setattr(order, "read", fail_once)
+    with Batches(order, rank=0, world=1, micro_batch_size=1) as batches:
+        _, position = batches.take(Position(), 4)
         with pytest.raises(OSError, match="vanished"):
-            batches.take(4, 4)
-        again = batches.take(4, 4)
-        assert torch.equal(join(again), join([collate([samples[k]]) for k in range(4, 8)]))
+            batches.take(position, 4)
+        again = batches.take(position, 4)
+        assert torch.equal(join(again.batches), read_alone(order, 8)[4:])
 
 
-def test_a_global_batch_that_the_ranks_cannot_share_is_refused(samples: Samples) -> None:
-    batches = Batches(samples, rank=0, world=2, micro_batch_size=3)
+def test_a_global_batch_that_the_ranks_cannot_share_is_refused(order: TrainingData) -> None:
+    batches = Batches(order, rank=0, world=2, micro_batch_size=3)
     with batches, pytest.raises(ValueError, match=r"8 samples is not divisible by 2 ranks .* of 6"):
-        batches.take(0, 8)
+        batches.take(Position(), 8)
 
 
 @settings(max_examples=100, deadline=None)
@@ -140,7 +160,7 @@ def test_targets_of_a_depth_are_counted_as_by_a_loop(targets: list[list[int]], d
 def test_validation_reads_every_target_once_in_equally_many_batches(
     prepared: Prepared, world: int, micro_batch_size: int, limit: int | None
 ) -> None:
-    samples = open_samples(read_config(prepared), Split.validation, seed=1)
+    samples = open_samples(read_config(prepared))
     size = min(samples.num_samples, limit or samples.num_samples)
     shares = [
         list(

@@ -14,6 +14,7 @@ import zstandard
 
 from data.config import FilesData, Format, HubData, StdlibData
 from data.corpus import find_sources, read_documents
+from data.document import Document
 from data.file_readers import Example, read_files, read_python_source
 
 TEXTS = ["first\r\nline\n", "", "zwölf \u2581 Boxkämpfer\n\n", "\0\tend"]
@@ -141,7 +142,9 @@ def test_globs_are_read_in_order_and_each_file_once(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name)
     patterns = [f"{tmp_path}/**/*.txt", f"{tmp_path}/a.txt"]
     config = FilesData(folder="unused", paths=patterns)
-    assert list(read_documents(config)) == [b"a.txt", b"b.txt", b"deep/er/c.txt"]
+    assert [document.text for document in read_documents(config)] == [
+        *(b"a.txt", b"b.txt", b"deep/er/c.txt")
+    ]
 
 
 def test_a_glob_without_a_match_is_refused(tmp_path: Path) -> None:
@@ -179,7 +182,7 @@ def local_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_hub_data_are_read_streaming_or_not(local_dataset: str, streaming: bool) -> None:
     config = HubData(folder="unused", name=local_dataset, text_column="body", streaming=streaming)
-    assert list(read_documents(config)) == [text.encode() for text in TEXTS]
+    assert list(read_documents(config)) == [Document(text.encode()) for text in TEXTS]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -29,7 +29,10 @@ def flip_bit(path: Path, place: int) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["train-00001.bin", "validation-00001.idx", "tokenizer.model", "unigram-train.npy"],
+    [
+        *("train-00001.bin", "validation-00001.idx", "tokenizer.model", "unigram-train.npy"),
+        "documents-train.i64",
+    ],
 )
 @pytest.mark.parametrize("place", [0, 40, -1])
 def test_a_flipped_bit_is_found_and_the_file_named(corpus: Path, name: str, place: int) -> None:
@@ -98,5 +101,5 @@ def test_a_folder_without_a_finished_corpus_is_refused(tmp_path: Path) -> None:
 
 def test_a_manifest_of_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"version": 99}')
-    with pytest.raises(ValueError, match="has version 99, this program reads 1"):
+    with pytest.raises(ValueError, match="has version 99, this program reads 2"):
         read_manifest(tmp_path)

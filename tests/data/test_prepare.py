@@ -17,6 +17,7 @@ import pytest
 
 from data.config import FilesData, HubData, StdlibData
 from data.encode_shard import choose_split
+from data.fim import FimConfig
 from data.manifest import Manifest, Split, read_manifest
 from data.prepare import Prepared, prepare
 from data.progress import Advance
@@ -59,7 +60,13 @@ def test_the_manifest_lists_the_files_as_they_are(prepared: Prepared) -> None:
     assert manifest == prepared.manifest
     listed = [manifest.tokenizer.file, manifest.origin]
     for split in (manifest.train, manifest.validation):
-        listed += [split.unigram, *(file for x in split.shards for file in (x.bin, x.idx))]
+        assert split.index is not None
+        assert split.prompts is None
+        listed += [
+            split.unigram,
+            split.index,
+            *(file for x in split.shards for file in (x.bin, x.idx)),
+        ]
         assert split.tokens == sum(shard.tokens for shard in split.shards)
     for record in listed:
         content = (prepared.folder / record.name).read_bytes()
@@ -168,7 +175,13 @@ def test_other_settings_are_refused_with_the_difference_and_the_way_out(
 
 def test_settings_of_reading_alone_may_change(prepared: Prepared, make_config: ConfigMaker) -> None:
     config = make_config(
-        prepared.folder, mask_documents=False, reset_positions=False, verify="fast", processes=2
+        prepared.folder,
+        packing="best_fit",
+        fim=FimConfig(rate=1),
+        mask_documents=False,
+        reset_positions=False,
+        verify="fast",
+        processes=2,
     )
     assert prepare(config).was_ready
 

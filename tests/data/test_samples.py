@@ -1,4 +1,4 @@
-"""Samples are the stream cut in pieces, in an order that depends on (seed, index) alone."""
+"""Held-out samples are the stream cut in pieces, in its order."""
 
 from typing import NamedTuple
 
@@ -39,14 +39,10 @@ def stream(prepared: Prepared) -> TokenStream:
     return TokenStream(prepared.folder, Split.train, verify=Verify.full)
 
 
-def open_train(
-    stream: TokenStream, seq_len: int = 32, *, seed: int = 0, shuffle: bool = True
-) -> Samples:
+def open_train(stream: TokenStream, seq_len: int = 32) -> Samples:
     return Samples(
         stream,
         seq_len=seq_len,
-        seed=seed,
-        shuffle=shuffle,
         mask_documents=True,
         reset_positions=True,
     )
@@ -80,8 +76,6 @@ def test_a_sample_equals_a_loop_over_its_tokens(
     samples = Samples(
         stream,
         seq_len=seq_len,
-        seed=0,
-        shuffle=False,
         mask_documents=mask_documents,
         reset_positions=reset_positions,
     )
@@ -107,32 +101,6 @@ def test_a_sample_equals_a_loop_over_its_tokens(
         assert sample.positions.tolist() == positions
         assert sample.document_lengths == lengths
         assert sample.is_real.all()
-
-
-def test_every_epoch_has_each_sample_once_in_an_order_of_its_own(stream: TokenStream) -> None:
-    samples = open_train(stream)
-    size = samples.num_samples
-    epochs = [[samples.place(epoch * size + k) for k in range(size)] for epoch in range(3)]
-    for places in epochs:
-        assert sorted(places) == list(range(size))
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    assert epochs[0] != list(range(size))
-
-
-def test_a_sample_depends_on_seed_and_index_alone(stream: TokenStream) -> None:
-    one, other = open_train(stream, seed=3), open_train(stream, seed=3)
-    for index in reversed(range(50)):
-        one[index]  # reading in another order changes nothing
-    for index in (0, 49, 10**12):
-        assert (one[index].tokens == other[index].tokens).all()
-    different = open_train(stream, seed=4)
-    assert [one.place(k) for k in range(50)] != [different.place(k) for k in range(50)]
-
-
-def test_without_shuffling_the_order_is_the_streams(stream: TokenStream) -> None:
-    samples = open_train(stream, shuffle=False)
-    size = samples.num_samples
-    assert [samples.place(k) for k in range(2 * size)] == [*range(size), *range(size)]
 
 
 def test_padding_has_no_targets(stream: TokenStream) -> None:

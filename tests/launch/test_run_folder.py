@@ -38,7 +38,8 @@ def test_a_continuation_tells_what_changed(config: LaunchedRun) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["model.dim=64", "seed=3", "data.seq_len=32", "data.tokenizer.vocab_size=2048"]
+    "change",
+    ["model.dim=64", "seed=3", "data.validation_fraction=0.1", "data.tokenizer.vocab_size=2048"],
 )
 def test_a_folder_of_another_run_is_refused_and_left_as_it_was(
     change: str, config: LaunchedRun

@@ -11,6 +11,7 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.train.tiny import tiny_run
+from data.position import Position
 from train.agreement import DisagreementError, check_agreement, hash_tensor
 from train.config import describe_config
 from train.engine import Engine, join
@@ -38,7 +39,7 @@ def test_every_kind_of_disagreement_is_refused_with_ranks_and_subject(tmp_path: 
     def disagree() -> None:
         ranks = join(config.parallel, timeout_minutes=1)
         engine = Engine(config, ranks)
-        progress, values = Progress(step=3, samples=24), describe_config(config)
+        progress, values = Progress(step=3, data=Position(samples=24)), describe_config(config)
         is_odd = ranks.rank == 1
 
         def check() -> None:
@@ -50,9 +51,9 @@ def test_every_kind_of_disagreement_is_refused_with_ranks_and_subject(tmp_path: 
         expect(r"at step 3: the config: model.dim is 32 on ranks 0, 2, 3 but 64 on rank 1$", check)
         values = describe_config(config)
 
-        progress.samples += is_odd
-        expect(r"the data position: samples is 24 on ranks 0, 2, 3 but 25 on rank 1$", check)
-        progress.samples -= is_odd
+        progress.data = Position(samples=24 + is_odd)
+        expect(r"the data position: data.samples is 24 on ranks 0, 2, 3 but 25 on rank 1$", check)
+        progress.data = Position(samples=24)
 
         def other(name: str) -> str:
             return "0.0" if name == "torch" and is_odd else "1.0"

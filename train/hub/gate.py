@@ -20,7 +20,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from data.config import DataConfig, Verify
-from data.manifest import Split
 from data.progress import Advance, open_progress
 from data.samples import open_samples
 from data.tokenizer import Tokenizer
@@ -163,7 +162,7 @@ def real_tokens(data: DataConfig) -> Int64[Tensor, "B S"]:
     Raises:
         ValueError: The corpus is not prepared.
     """
-    samples = open_samples(replace(data, verify=Verify.fast), Split.validation, seed=0)
+    samples = open_samples(replace(data, verify=Verify.fast))
     rows = [samples[i].tokens[:MAX_TOKENS] for i in range(min(NUM_SEQUENCES, samples.num_samples))]
     return torch.stack([torch.from_numpy(row) for row in rows])
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from data.batches import Batches
+from data.position import Position
 from train.config import RunConfig
 from train.engine import Engine
 from train.manifest import Fragment
@@ -37,14 +38,14 @@ def observe(config: RunConfig, ranks: Ranks, *, steps: int, lr: float) -> Iterat
     """This rank's share of everything that is compared, of `steps` steps on random samples."""
     engine = WatchedEngine(config, ranks)
     random_biases(list(engine.buffers()), config.model)
-    size, seq_len, first = config.parallel.micro_batch_size, config.data.seq_len, 0
+    size, seq_len = config.parallel.micro_batch_size, config.data.seq_len
+    position = Position()
     with Batches(
         RandomSamples(config), rank=ranks.rank, world=ranks.count, micro_batch_size=size
     ) as batches:
         for step in range(steps):
             count = batch_size(config.schedule, step)
-            micro_batches = batches.take(first, count)
-            first += count
+            micro_batches, position = batches.take(position, count)
             model = model_at(config.model, config.schedule, step)
             over = count_denominators(micro_batches, model, ranks)
             with watch_forward(engine.model) as states:

@@ -3,9 +3,14 @@
 S = seq_len.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
+from data.mixture import Drawn
+from data.position import Position
+from data.rows import Rows, stack_rows
 from data.samples import IGNORED, Sample, pack
 from model.config import ModelConfig
 from train.config import RunConfig
@@ -23,6 +28,15 @@ class RandomSamples:
         self._seed = config.seed
         self._vocab_size = config.model.vocab_size
         self._data = config.data
+
+    def draw(self, position: Position, count: int) -> Drawn[int]:
+        """The next `count` samples after a position."""
+        after = position.samples + count
+        return Drawn([*range(position.samples, after)], replace(position, samples=after))
+
+    def read(self, rows: list[int]) -> Rows:
+        """These samples."""
+        return stack_rows([self[index] for index in rows])
 
     def __getitem__(self, index: int) -> Sample:
         seq_len = self._data.seq_len

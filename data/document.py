@@ -1,0 +1,26 @@
+"""A document on its way from its source to a shard."""
+
+from typing import NamedTuple
+
+
+class Document(NamedTuple):
+    """UTF-8 text, and the prompt before it that no loss is taken on."""
+
+    text: bytes
+    prompt: bytes | None = None  # None where the corpus has no prompts
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of both."""
+        return len(self.text) + len(self.prompt or b"")
+
+
+class Prompted(NamedTuple):
+    """Token ids of a document that begins with a prompt; bos belongs to the prompt."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+Ids = list[int] | Prompted
+"""A document's token ids as they are stored."""

@@ -1,0 +1,134 @@
+"""The training data of a run: its sources, opened, and the order in which they are read."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from data.blend import Blend, SourceConfig
+from data.config import DataConfig, MixtureData, find_folder
+from data.documents import MappedIndex
+from data.fim import FimSetting
+from data.manifest import Split, read_manifest
+from data.mixture import Drawn, Mixture, Row
+from data.position import Position, SourcePosition
+from data.rows import Rows, fill_rows
+from data.source import Source
+from data.token_stream import TokenStream
+
+ALONE = "corpus"
+"""What the source of a run without a mixture is called."""
+
+
+class TrainingData:
+    """Samples of the training split by position; see `Mixture.draw`.
+
+    Raises:
+        ValueError: A corpus is unfinished, corrupted or of another tokenizer than the others.
+    """
+
+    def __init__(self, config: DataConfig, *, seed: int) -> None:
+        self._config = config
+        self._seed = seed
+        self._identities: dict[str, str] = {}
+        wanted = _list_sources(config)
+        sources = [self._open(source) for source in wanted]
+        stages = config.stages if isinstance(config, MixtureData) else []
+        weights = {source.name: source.weight for source in wanted}
+        self.mixture = Mixture(
+            sources,
+            Blend(weights, stages),
+            seq_len=config.seq_len,
+            packing=config.packing,
+            fim=FimSetting(config.fim.rate, config.fim.mode),
+        )
+        assert sources[0].stream is not None
+        self.tokenizer = sources[0].stream.tokenizer
+
+    def draw(self, position: Position, count: int) -> Drawn[Row]:
+        """The samples that follow a position; see `Mixture.draw`."""
+        return self.mixture.draw(position, count)
+
+    def read(self, rows: list[Row]) -> Rows:
+        """The content of drawn rows."""
+        return fill_rows(
+            rows,
+            self.mixture.sources,
+            seq_len=self._config.seq_len,
+            pad_id=self.tokenizer.pad_id,
+            mask_documents=self._config.mask_documents,
+            reset_positions=self._config.reset_positions,
+        )
+
+    def enter(self, position: Position) -> Position:
+        """The position as this config goes on from it: with a note of the blend if it is new.
+
+        Raises:
+            ValueError: A source's corpus is not the one that was read so far.
+        """
+        blend = self._describe()
+        for before in position.blends:
+            for name, about in before["sources"].items():
+                now = self._identities.get(name, about["corpus"])
+                if now != about["corpus"]:
+                    raise ValueError(
+                        f"the source {name} is another corpus than the one this run has read "
+                        f"({now[:12]}, was {about['corpus'][:12]}); give the new one a name of its "
+                        "own in data.sources, or put the old one back"
+                    )
+        settings = {key: value for key, value in blend.items() if key != "samples"}
+        if position.blends and settings.items() <= position.blends[-1].items():
+            return position
+        sources = {name: replace(at, credit=0) for name, at in position.sources.items()}
+        for name in self.mixture.sources:
+            sources.setdefault(name, SourcePosition())
+        noted = {"samples": position.samples, **settings}
+        return replace(position, sources=sources, blends=(*position.blends, noted))
+
+    def _open(self, source: SourceConfig) -> Source:
+        folder = find_folder(source)
+        stream = TokenStream(folder, Split.train, verify=self._config.verify)
+        manifest = read_manifest(folder)
+        self._identities[source.name] = manifest.train.fingerprint
+        record, tokenizer, fim = manifest.train, manifest.tokenizer, self._config.fim
+        if fim.rate > 0 and tokenizer.fim is None:
+            raise ValueError(
+                f"data.fim.rate={fim.rate} needs markers that the tokenizer of {folder} lacks; "
+                "train one here, use one with FIM tokens, or set data.fim.rate=0"
+            )
+        assert record.index is not None, "no source is itself a mixture"
+        if record.tokens == 0:
+            raise ValueError(f"the corpus in {folder} has no token to train on; leave it out")
+        prompts = None if record.prompts is None else folder / record.prompts.name
+        return Source(
+            source.name,
+            MappedIndex(folder / record.index.name, prompts),
+            stream,
+            seed=self._seed,
+            max_epochs=source.max_epochs,
+            fim_ids=tokenizer.fim,
+        )
+
+    def _describe(self) -> dict[str, Any]:
+        """What decides the order from here on, as plain values."""
+        config = self._config
+        sources = {
+            source.name: {
+                "corpus": self._identities[source.name],
+                "weight": source.weight,
+                "max_epochs": source.max_epochs,
+            }
+            for source in _list_sources(config)
+        }
+        return {
+            "seed": self._seed,
+            "seq_len": config.seq_len,
+            "packing": config.packing.value,
+            "fim": {"rate": config.fim.rate, "mode": config.fim.mode.value},
+            "sources": sources,
+            "stages": [asdict(stage) for stage in getattr(config, "stages", [])],
+        }
+
+
+def _list_sources(config: DataConfig) -> list[SourceConfig]:
+    if isinstance(config, MixtureData):
+        return config.sources
+    return [SourceConfig(name=ALONE, folder=config.folder, weight=1.0)]
