@@ -42,6 +42,7 @@ def list_keys(schema: type[Any], *, prefix: str = "") -> Iterator[Key]:
             assert isinstance(hint, type)
             yield from list_keys(hint, prefix=f"{name}.")
         elif is_dataclass(element := _list_element(hint)):
+            assert isinstance(element, type)
             yield Key(name, "list", _default(field), comments[field.name], ())
             yield from list_keys(element, prefix=f"{name}[].")
         else:

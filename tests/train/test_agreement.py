@@ -9,9 +9,9 @@ from unittest import mock
 import pytest
 import torch
 
+from data.position import Position
 from tests.ranks import run_ranks
 from tests.train.tiny import tiny_run
-from data.position import Position
 from train.agreement import DisagreementError, check_agreement, hash_tensor
 from train.config import describe_config
 from train.engine import Engine, join
