@@ -20,7 +20,11 @@ OPTIONS = sorted(
 )
 
 # What an option leaves for the user to choose.
-CHOSEN = {"data=files": ["data.paths=[a.txt]"], "data=hub": ["data.name=a/b"]}
+CHOSEN = {
+    "data=files": ["data.paths=[a.txt]"],
+    "data=hub": ["data.name=a/b"],
+    "data=mixture": ["data.sources=[{name: a, folder: b, weight: 1}]"],
+}
 # Experiments that continue another run.
 CONTINUED = {"recipe_coder_v2", "recipe_coder_v2_lite"} | {
     name for name in EXPERIMENTS if name.startswith(("extend_", "recipe_r1"))
