@@ -16,6 +16,7 @@ VERBS = {
     "evaluate": ("launch.evaluate", "a checkpoint's loss on held-out text"),
     "generate": ("launch.generate", "let a checkpoint continue a text"),
     "import": ("launch.import_", "start a run from a published Hugging Face folder"),
+    "grow": ("launch.grow", "a run goes on with other expert counts or more layers"),
     "export": ("launch.export", "a checkpoint as a Hugging Face folder, checked by transformers"),
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from launch import layout_page
 from launch.config import LaunchedRun
+from launch.grow import OWN_KEYS, GrownRun
 from launch.help import describe_options
 from launch.keys import Key, list_keys
 from train.evaluate_run import EvaluateConfig
@@ -47,6 +48,9 @@ def write_reference() -> str:
     }
     for verb, schema in schemas.items():
         lines += [f"## thrifty {verb}", "", *_table(list_keys(schema)), ""]
+    grown = [key for key in list_keys(GrownRun) if key.name.split(".")[0] in OWN_KEYS]
+    also = "Besides these, any key of `thrifty train`; what is not given is the run's that grows."
+    lines += ["## thrifty grow", "", also, "", *_table(iter(grown)), ""]
     return "\n".join(lines)
 
 

@@ -5,13 +5,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import get_type_hints
 
 from omegaconf import OmegaConf
 
 from launch.config import LaunchedRun
+from model.moe import MoEConfig
+from model.router import RouterConfig
 from train.checkpoint import FOLDER
-from train.config import CONFIG_FILE, RunConfig, read_config, write_config
+from train.config import CONFIG_FILE, RunConfig, describe_config, read_config, write_config
+from train.config_diff import Change, diff_values
+from train.grow.config import is_growable
 
 # A continuation keeps these; anything else may change from one start to the next.
 FIXED = ("model", "data", "seed", "init_from")
@@ -22,15 +26,6 @@ MOVABLE = (
     *("data.sources", "data.stages"),
 )
 SECTIONS = {name for name, kind in get_type_hints(LaunchedRun).items() if is_dataclass(kind)}
-
-
-class Change(NamedTuple):
-    key: str
-    old: Any
-    new: Any
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.old} -> {self.new}"
 
 
 def take_up(config: LaunchedRun, overrides: list[str]) -> LaunchedRun:
@@ -47,10 +42,19 @@ def take_up(config: LaunchedRun, overrides: list[str]) -> LaunchedRun:
     chosen = {override.lstrip("+~").split("=")[0] for override in overrides}
     if "experiment" in chosen or not has_begun(path.parent):
         return config
-    kept = read_config(path, LaunchedRun)
-    base = replace(kept, **{name: getattr(config, name) for name in SECTIONS & chosen})
+    return apply_overrides(read_config(path, LaunchedRun), config, overrides)
+
+
+def apply_overrides(kept: LaunchedRun, composed: LaunchedRun, overrides: list[str]) -> LaunchedRun:
+    """`kept` with the command line's values, and with `composed`'s groups where it chooses one."""
+    chosen = {override.lstrip("+~").split("=")[0] for override in overrides}
+    base = replace(kept, **{name: getattr(composed, name) for name in SECTIONS & chosen})
     values = [override for override in overrides if override.split("=")[0] not in SECTIONS]
-    merged = OmegaConf.merge(OmegaConf.structured(base), OmegaConf.from_dotlist(values))
+    structured = OmegaConf.structured(base)
+    if base.model.moe is None and any(value.startswith("model.moe.") for value in values):
+        structured.model.moe = MoEConfig
+        structured.model.moe.router = RouterConfig()
+    merged = OmegaConf.merge(structured, OmegaConf.from_dotlist(values))
     settled = OmegaConf.to_object(merged)
     assert isinstance(settled, LaunchedRun)
     return settled
@@ -72,17 +76,7 @@ def prepare_folder(config: LaunchedRun) -> list[Change]:
     changes = []
     if has_begun(run_dir):
         changes = compare(read_config(path, LaunchedRun), config)
-        refused = [
-            change
-            for change in changes
-            if change.key.split(".")[0] in FIXED and not is_movable(change.key)
-        ]
-        if refused:
-            listed = "; ".join(map(str, refused))
-            raise ValueError(
-                f"run_dir={run_dir} holds a run with other settings ({listed}); give these the "
-                "old values to continue it, or another run_dir to start a new run"
-            )
+        refuse_fixed(run_dir, changes)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_config(config, path)
     return changes
@@ -93,17 +87,32 @@ def is_movable(key: str) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in MOVABLE)
 
 
+def refuse_fixed(run_dir: Path, changes: list[Change], *, but: str | None = None) -> None:
+    """Refuse, with a ValueError, changes that a continuation can't make."""
+    refused = [
+        change
+        for change in changes
+        if change.key.split(".")[0] in FIXED
+        and change.key.split(".")[0] != but
+        and not is_movable(change.key)
+    ]
+    if not refused:
+        return
+    listed = "; ".join(map(str, refused))
+    hint = ""
+    if is_growable(refused):
+        settings = " ".join(f"{change.key}={change.new}" for change in refused)
+        hint = f"; thrifty grow from={run_dir} run_dir=NEW {settings} makes a new run of it"
+    raise ValueError(
+        f"run_dir={run_dir} holds a run with other settings ({listed}); give these the old values "
+        f"to continue it, or another run_dir to start a new run{hint}"
+    )
+
+
 def compare(old: RunConfig, new: RunConfig) -> list[Change]:
     """Keys with different values, the folder itself excepted, in the order of the schema."""
-    old_values, new_values = (
-        dict(_leaves(OmegaConf.to_container(OmegaConf.structured(config)))) for config in (old, new)
-    )
-    keys = [key for key in {**old_values, **new_values} if key != "run_dir"]
-    return [
-        Change(key, old_values.get(key), new_values.get(key))
-        for key in keys
-        if old_values.get(key) != new_values.get(key)
-    ]
+    changes = diff_values(describe_config(old), describe_config(new))
+    return [change for change in changes if change.key != "run_dir"]
 
 
 def newest_run(folder: Path = Path("runs")) -> str:
@@ -141,11 +150,3 @@ def hold_folder(run_dir: Path) -> Iterator[None]:
                 "another run_dir"
             ) from error
         yield
-
-
-def _leaves(values: Any, *, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, prefix=f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -156,14 +156,14 @@ def compare_logits(
     return difference
 
 
-def real_tokens(data: DataConfig) -> Int64[Tensor, "B S"]:
+def real_tokens(data: DataConfig, *, sequences: int = NUM_SEQUENCES) -> Int64[Tensor, "B S"]:
     """The beginning of the validation split.
 
     Raises:
         ValueError: The corpus is not prepared.
     """
     samples = open_samples(replace(data, verify=Verify.fast))
-    rows = [samples[i].tokens[:MAX_TOKENS] for i in range(min(NUM_SEQUENCES, samples.num_samples))]
+    rows = [samples[i].tokens[:MAX_TOKENS] for i in range(min(sequences, samples.num_samples))]
     return torch.stack([torch.from_numpy(row) for row in rows])
 
 
