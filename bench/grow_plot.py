@@ -1,4 +1,4 @@
-"""`python -m bench.grow_plot IMAGE LABEL=RUN[,RUN...] ...`: validation loss by step, several runs a line.
+"""`python -m bench.grow_plot IMAGE LABEL=RUN[,RUN...] ...`: validation loss by step.
 
 Draws the mean of the runs of a label (several seeds) at each step where all were evaluated, the
 runs themselves beneath, and prints the last step's losses as a Markdown table.
