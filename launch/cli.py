@@ -17,6 +17,7 @@ VERBS = {
     "generate": ("launch.generate", "let a checkpoint continue a text"),
     "import": ("launch.import_", "start a run from a published Hugging Face folder"),
     "grow": ("launch.grow", "a run goes on with other expert counts or more layers"),
+    "checkpoints": ("launch.checkpoints", "list, show, verify, compare or average checkpoints"),
     "export": ("launch.export", "a checkpoint as a Hugging Face folder, checked by transformers"),
 }
 
@@ -39,7 +40,7 @@ def main() -> int:
 
 def describe_verbs() -> str:
     """The verbs, one line each."""
-    lines = [f"  {verb:10} {about}" for verb, (_, about) in VERBS.items()]
+    lines = [f"  {verb:12} {about}" for verb, (_, about) in VERBS.items()]
     return "\n".join(
         [
             "usage: thrifty VERB [key=value ...]",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import layout_page
+from launch.checkpoints import CheckpointsConfig
 from launch.config import LaunchedRun
 from launch.grow import OWN_KEYS, GrownRun
 from launch.help import describe_options
@@ -45,6 +46,7 @@ def write_reference() -> str:
         "evaluate": EvaluateConfig,
         "generate": GenerateConfig,
         "export": ExportConfig,
+        "checkpoints": CheckpointsConfig,
     }
     for verb, schema in schemas.items():
         lines += [f"## thrifty {verb}", "", *_table(list_keys(schema)), ""]
