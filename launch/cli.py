@@ -13,6 +13,7 @@ VERBS = {
     "train": ("launch.train", "train a run, or continue it; -m sweeps over settings"),
     "prepare": ("launch.prepare", "make a corpus ready: tokenizer, shards, manifest"),
     "plan": ("launch.plan", "parameters and FLOPs of a model, per component"),
+    "verify": ("launch.verify", "whether a layout trains the same model as one process"),
     "evaluate": ("launch.evaluate", "a checkpoint's loss on held-out text"),
     "generate": ("launch.generate", "let a checkpoint continue a text"),
     "import": ("launch.import_", "start a run from a published Hugging Face folder"),

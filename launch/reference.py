@@ -18,6 +18,7 @@ from launch.keys import Key, list_keys
 from train.evaluate_run import EvaluateConfig
 from train.generate import GenerateConfig
 from train.hub.export import ExportConfig
+from train.verify.config import VerifyConfig
 
 PAGE = Path("docs/configs.md")
 
@@ -42,6 +43,8 @@ def write_reference() -> str:
         options = list(_options(section))
         lines += [*options, ""] if options else []
         lines += [*_table(keys), ""]
+    lines += ["## thrifty verify", "", "All keys of `thrifty train`, and:", ""]
+    lines += [*_table(list_keys(VerifyConfig, prefix="verify.")), ""]
     schemas: dict[str, type[Any]] = {
         "evaluate": EvaluateConfig,
         "generate": GenerateConfig,

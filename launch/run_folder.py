@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import get_type_hints
+from typing import TypeVar, get_type_hints
 
 from omegaconf import OmegaConf
 
@@ -25,6 +25,7 @@ MOVABLE = (
     *("data.seq_len", "data.packing", "data.fim", "data.mask_documents", "data.reset_positions"),
     *("data.sources", "data.stages"),
 )
+Launched = TypeVar("Launched", bound=LaunchedRun)
 SECTIONS = {name for name, kind in get_type_hints(LaunchedRun).items() if is_dataclass(kind)}
 
 
@@ -45,7 +46,7 @@ def take_up(config: LaunchedRun, overrides: list[str]) -> LaunchedRun:
     return apply_overrides(read_config(path, LaunchedRun), config, overrides)
 
 
-def apply_overrides(kept: LaunchedRun, composed: LaunchedRun, overrides: list[str]) -> LaunchedRun:
+def apply_overrides(kept: Launched, composed: Launched, overrides: list[str]) -> Launched:
     """`kept` with the command line's values, and with `composed`'s groups where it chooses one."""
     chosen = {override.lstrip("+~").split("=")[0] for override in overrides}
     base = replace(kept, **{name: getattr(composed, name) for name in SECTIONS & chosen})
@@ -56,7 +57,7 @@ def apply_overrides(kept: LaunchedRun, composed: LaunchedRun, overrides: list[st
         structured.model.moe.router = RouterConfig()
     merged = OmegaConf.merge(structured, OmegaConf.from_dotlist(values))
     settled = OmegaConf.to_object(merged)
-    assert isinstance(settled, LaunchedRun)
+    assert isinstance(settled, type(kept))
     return settled
 
 

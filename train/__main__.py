@@ -16,6 +16,8 @@ from train.config import CONFIG_FILE, RunConfig, check_run, read_config
 from train.engine import join, leave
 from train.loop import train
 from train.outcome import ExitCode, Outcome, Status, write_outcome
+from train.verify.config import ObservedRun
+from train.verify.rank import OBSERVED_FILE, observe_layout, observe_reference
 
 log = logging.getLogger("train")
 
@@ -33,10 +35,15 @@ def main() -> ExitCode:
     is_first = os.environ.get("RANK", "0") == "0"
     configure_logging(is_first=is_first)
     try:
-        config = read_config(run_dir / CONFIG_FILE, RunConfig)
+        config = read_task(run_dir)
         check_run(config, num_ranks=int(os.environ.get("WORLD_SIZE", "1")))
+        if isinstance(config, ObservedRun) and is_first:
+            observe_reference(config)
         ranks = join(config.parallel, timeout_minutes=TIMEOUT_MINUTES)
-        outcome = train(config, ranks)
+        if isinstance(config, ObservedRun):
+            outcome = observe_layout(config, ranks)
+        else:
+            outcome = train(config, ranks)
         if is_first:  # before others exit: their launcher may end this rank as soon as one has
             write_outcome(run_dir, outcome)
         ranks.wait()
@@ -51,6 +58,13 @@ def main() -> ExitCode:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             time.sleep(LAUNCHER_POLL_SECONDS)
         raise
+
+
+def read_task(run_dir: Path) -> RunConfig:
+    """The run's config, or, in a folder of `thrifty verify`, what is to be observed."""
+    if (run_dir / OBSERVED_FILE).is_file():
+        return read_config(run_dir / OBSERVED_FILE, ObservedRun)
+    return read_config(run_dir / CONFIG_FILE, RunConfig)
 
 
 def report_failure(run_dir: Path, reason: str) -> None:

@@ -6,36 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks import run_ranks
 from tests.train.tiny import tiny_run
-from train.config import RunConfig, check_run
-from train.engine import join
-from train.parallel import ParallelConfig
-from train.verify.compare import Comparison, compare
-from train.verify.observe import observe
-from train.verify.plain import observe_plainly
-
-LR = 1e-4
-
-
-def verify(config: RunConfig, num_ranks: int) -> Comparison:
-    """Two steps of the layout, compared with the same steps in plain PyTorch."""
-    check_run(config, num_ranks=num_ranks)
-    expected = observe_plainly(config, steps=2, lr=LR, device=torch.device("cpu"))
-
-    def on_rank() -> list[Any]:
-        ranks = join(config.parallel, timeout_minutes=1)
-        return list(observe(config, ranks, steps=2, lr=LR))
-
-    got = [fragment for of_rank in run_ranks(num_ranks, on_rank) for fragment in of_rank]
-    return compare(expected, got, tolerance=1e-5)
+from tests.train.verification import verify
+from train.parallel import ParallelConfig, Recompute
 
 
 @pytest.mark.parametrize(
     ("num_ranks", "layout"),
     [
         (1, {"micro_batch_size": 8}),
-        (2, {"micro_batch_size": 2, "zero_stage": 1, "recompute": "full"}),
+        (2, {"micro_batch_size": 2, "zero_stage": 1, "recompute": Recompute.full}),
         (4, {"micro_batch_size": 1, "zero_stage": 2, "expert": 2}),
     ],
 )

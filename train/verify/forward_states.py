@@ -21,7 +21,8 @@ from model.mtp import MTP
 from model.router import Router
 from model.transformer import Transformer
 
-WATCHED = (nn.Embedding, MLA, GQA, Router, SwiGLU, MoE, Block, MTP)
+# Not the embedding: the last stage of a pipeline looks tokens up again.
+WATCHED = (MLA, GQA, Router, SwiGLU, MoE, Block, MTP)
 FINAL_NORM = "norm"
 
 

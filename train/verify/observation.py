@@ -54,16 +54,19 @@ def keep_load(step: int, load: Tensor, config: ModelConfig) -> Iterator[Fragment
 
 
 def keep_states(
-    step: int, states: ForwardStates, samples: list[range], *, shape: tuple[int, int]
+    step: int, states: ForwardStates, rows: list[range], columns: range, *, shape: tuple[int, int]
 ) -> Iterator[Fragment]:
-    """Forward states of whole sequences: `samples` are each micro-batch's rows of `shape`.
+    """Forward states: `rows` are each micro-batch's sequences, `columns` the tokens of each one.
 
-    `shape` is [samples of the global batch, S].
+    `shape` is [sequences of the global batch, S].
     """
     for name, of_batches in states.by_module.items():
-        for rows, state in zip(samples, of_batches, strict=True):
-            key = Key(step, FORWARD, name)
-            yield Fragment(str(key), shape, rows.start * shape[1], state)
+        for sequences, state in zip(rows, of_batches, strict=True):
+            for row, values in zip(
+                sequences, state.unflatten(0, (len(sequences), -1)), strict=True
+            ):
+                start = row * shape[1] + columns.start
+                yield Fragment(str(Key(step, FORWARD, name)), shape, start, values)
 
 
 def router_names(config: ModelConfig) -> list[str]:

@@ -39,10 +39,10 @@ def observe(config: RunConfig, ranks: Ranks, *, steps: int, lr: float) -> Iterat
     engine = WatchedEngine(config, ranks)
     random_biases(list(engine.buffers()), config.model)
     size, seq_len = config.parallel.micro_batch_size, config.data.seq_len
-    position = Position()
-    with Batches(
-        RandomSamples(config), rank=ranks.rank, world=ranks.count, micro_batch_size=size
-    ) as batches:
+    part = seq_len // ranks.parts_per_sequence
+    columns = range(ranks.sequence_part * part, (ranks.sequence_part + 1) * part)
+    samples, across, position = RandomSamples(config), ranks.num_replicas, Position()
+    with Batches(samples, rank=ranks.replica, world=across, micro_batch_size=size) as batches:
         for step in range(steps):
             count = batch_size(config.schedule, step)
             micro_batches, position = batches.take(position, count)
@@ -50,9 +50,9 @@ def observe(config: RunConfig, ranks: Ranks, *, steps: int, lr: float) -> Iterat
             over = count_denominators(micro_batches, model, ranks)
             with watch_forward(engine.model) as states:
                 report = update(engine, micro_batches, over, config=model, lr=lr)
-            starts = range(ranks.rank * size, count, ranks.count * size)
+            starts = range(ranks.replica * size, count, across * size)
             rows = [range(start, start + size) for start in starts]
-            yield from keep_states(step + 1, states, rows, shape=(count, seq_len))
+            yield from keep_states(step + 1, states, rows, columns, shape=(count, seq_len))
             if ranks.is_first:
                 yield from _keep_report(step + 1, report, config)
             yield from (keep_fragment(step + 1, fragment) for fragment in engine.used)
@@ -64,5 +64,6 @@ def _keep_report(step: int, report: StepReport, config: RunConfig) -> Iterator[F
     names = ["main loss", *(name.replace("_", " ") for name in BALANCE_LOSSES)]
     names += [f"MTP loss, depth {depth + 1}" for depth in range(config.model.mtp.depth)]
     for name, loss in zip(names, report.losses, strict=True):
-        yield keep(Key(step, LOSS, name), loss[None])
+        if config.model.moe is not None or "balance" not in name:
+            yield keep(Key(step, LOSS, name), loss[None])
     yield keep(Key(step, NORM, "global norm"), report.losses.new_tensor([report.grad_norm]))

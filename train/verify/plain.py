@@ -17,6 +17,7 @@ from model.init import initialise
 from model.mtp import shift_targets
 from model.router import Router
 from model.transformer import Sums, Transformer
+from train.adamw import AdamW
 from train.config import RunConfig
 from train.manifest import Fragment
 from train.optimizer import build_optimizer, parameter_groups
@@ -58,7 +59,7 @@ def observe_plainly(
 def _observe_step(
     step: int,
     model: Transformer,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     batch: Batch,
     config: RunConfig,
     *,
@@ -70,7 +71,7 @@ def _observe_step(
         sums = _forward(model, batch)
     terms, losses = weigh(sums, batch, settings)
     shape = (batch.tokens.shape[0], batch.tokens.shape[1])
-    yield from keep_states(step, states, [range(shape[0])], shape=shape)
+    yield from keep_states(step, states, [range(shape[0])], range(shape[1]), shape=shape)
     yield from keep_load(step, sums.load, config.model)
     for name, loss in losses.items():
         yield keep(Key(step, LOSS, name), loss.double()[None])
@@ -91,9 +92,8 @@ def _observe_step(
     _balance(model, sums.load, settings)
     for name, parameter in parameters.items():
         yield keep(Key(step, WEIGHT, name), parameter)
-        for moment, value in optimizer.state[parameter].items():
-            if torch.is_tensor(value) and value.ndim:  # not the count of steps
-                yield keep(Key(step, moment, name), value)
+        for kind, values in optimizer.open_state(parameter).items():
+            yield keep(Key(step, kind, name), values.view_as(parameter))
     for name, buffer in model.named_buffers():
         yield keep(Key(step, BUFFER, name), buffer)
 
@@ -115,26 +115,26 @@ def weigh(
     arXiv:2405.04434, 2.2.3, for devices and communication).
     """
     num_sequences = len(batch.targets)
-    device, communication = sums.group_balance_losses / num_sequences
-    losses = {
-        "main loss": sums.loss / (batch.targets != IGNORED).sum(),
-        "balance loss": sums.balance_loss / num_sequences,
-        "device balance loss": device,
-        "communication balance loss": communication,
-    }
+    losses = {"main loss": sums.loss / (batch.targets != IGNORED).sum()}
     by_depth = {
         f"MTP loss, depth {depth}": nats / (shift_targets(batch.targets, depth) != IGNORED).sum()
         for depth, nats in enumerate(sums.mtp_loss, start=1)
     }
     terms = {"main loss": losses["main loss"]}
     if config.moe is not None:
-        for name, weight in (
-            ("balance loss", config.moe.balance_loss_weight),
-            ("device balance loss", config.moe.device_balance_loss_weight),
-            ("communication balance loss", config.moe.communication_balance_loss_weight),
+        device, communication = sums.group_balance_losses / num_sequences
+        for name, loss, weight in (
+            ("balance loss", sums.balance_loss / num_sequences, config.moe.balance_loss_weight),
+            ("device balance loss", device, config.moe.device_balance_loss_weight),
+            (
+                "communication balance loss",
+                communication,
+                config.moe.communication_balance_loss_weight,
+            ),
         ):
+            losses[name] = loss
             if weight > 0:
-                terms[name] = weight * losses[name]
+                terms[name] = weight * loss
     if by_depth:
         mean = torch.stack(list(by_depth.values())).mean()
         terms["MTP loss"] = config.mtp.loss_weight * mean

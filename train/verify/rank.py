@@ -1,0 +1,49 @@
+"""What ranks do for `thrifty verify`: take the steps, and write down what they observe of them."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from train.manifest import Fragment
+from train.outcome import Outcome, Status
+from train.ranks import Ranks, read_device
+from train.verify.config import LEARNING_RATE, ObservedRun
+from train.verify.observation import write_observations
+from train.verify.observe import observe
+from train.verify.plain import observe_plainly
+
+OBSERVED_FILE = "verify.yaml"  # in place of a run's config.yaml
+REFERENCE_FILE = "reference.pt"
+
+log = logging.getLogger(__name__)
+
+
+def layout_path(folder: Path, rank: int) -> Path:
+    return folder / f"layout-{rank:05}.pt"
+
+
+def observe_reference(config: ObservedRun) -> None:
+    """Take the reference's steps, in this process alone: the first rank, before it has a group."""
+    seen = observe_plainly(
+        config, steps=config.verify.steps, lr=LEARNING_RATE, device=read_device()
+    )
+    path = Path(config.run_dir) / REFERENCE_FILE
+    write_observations(path, _report_steps(seen, "plain PyTorch", config.verify.steps))
+
+
+def observe_layout(config: ObservedRun, ranks: Ranks) -> Outcome:
+    """Take the layout's steps, as one of its ranks."""
+    seen = observe(config, ranks, steps=config.verify.steps, lr=LEARNING_RATE)
+    path = layout_path(Path(config.run_dir), ranks.rank)
+    write_observations(path, _report_steps(seen, "the layout", config.verify.steps))
+    return Outcome(status=Status.finished, step=config.verify.steps)
+
+
+def _report_steps(fragments: Iterator[Fragment], who: str, steps: int) -> Iterator[Fragment]:
+    """The fragments as they come; says which step has been taken."""
+    step = ""
+    for fragment in fragments:
+        if not fragment.name.startswith(f"{step}/"):
+            step = fragment.name.split("/")[0]
+            log.info("%s: step %s of %d", who, step, steps)
+        yield fragment
