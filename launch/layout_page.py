@@ -49,6 +49,7 @@ FEATURES = (
     ),
     Feature("recompute, selective", {"parallel.recompute": Recompute.selective}),
     Feature("recompute, full", {"parallel.recompute": Recompute.full}),
+    Feature("activations on the CPU", {"parallel.offload_activations": True}),
     Feature("optimizer on the CPU", {"parallel.offload_optimizer": Offload.cpu}),
     Feature("weights on the CPU", {"parallel.offload_parameters": Offload.cpu}),
     Feature("BF16", {"precision.dtype": Dtype.bf16}),

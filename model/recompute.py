@@ -14,10 +14,12 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
+
+from model.saved import Pack, StandIn, current_pack, saving, unpack
 
 
 class Recompute(StrEnum):
@@ -39,19 +41,19 @@ def rebuild(function: Callable[..., Result], *inputs: Any) -> Result:
     what the function itself saved. It runs again once, when the first of these is asked for, and
     must be deterministic. Elsewhere, and without gradients, this is a plain call.
     """
-    pack = _pack.get()
-    if pack is None or not torch.is_grad_enabled():
+    promises = _promises.get()
+    if promises is None or not torch.is_grad_enabled():
         return function(*inputs)
-    recipe = _Recipe(function, inputs, pack)
+    recipe = _Recipe(function, inputs, promises)
     with saved_tensors_hooks(recipe.note, recipe.saved), _plain():
         results = function(*inputs)
-    pack.promise(recipe, results)
+    promises.add(recipe, results)
     return results
 
 
 def is_rebuilding() -> bool:
     """Whether a function that saves for backward by its own hand should save its inputs only."""
-    return _pack.get() is not None
+    return _promises.get() is not None
 
 
 def recomputed(module: Callable[..., Output], *, mode: Recompute) -> Callable[..., Output]:
@@ -66,23 +68,23 @@ def recomputed(module: Callable[..., Output], *, mode: Recompute) -> Callable[..
 @contextmanager
 def rebuilding() -> Iterator[None]:
     """Within it, what `rebuild` returns is not kept for the backward pass."""
-    pack = _Pack()
-    token = _pack.set(pack)
+    promises = _Promises()
+    token = _promises.set(promises)
     try:
-        with saved_tensors_hooks(pack, _unpack):
+        with saving(promises):
             yield
     finally:
-        _pack.reset(token)
+        _promises.reset(token)
 
 
 @contextmanager
 def _plain() -> Iterator[None]:
     """Within it, `rebuild` is a plain call: what it is used in is computed again as a whole."""
-    token = _pack.set(None)
+    token = _promises.set(None)
     try:
         yield
     finally:
-        _pack.reset(token)
+        _promises.reset(token)
 
 
 class _Promise(NamedTuple):
@@ -92,40 +94,36 @@ class _Promise(NamedTuple):
     result: int
     place: tuple[Any, ...]  # size, stride and offset in the result's storage
 
+    def value(self) -> Tensor:
+        return self.recipe.result(self.result).as_strided(*self.place)
 
-class _Pack:
+
+class _Promises:
     """Replaces tensors that autograd saves by promises, where their storage was promised."""
 
     def __init__(self) -> None:
         # A weak reference frees the memory but keeps the storage's identity from being reused.
         self._promised: dict[StorageWeakRef, tuple[_Recipe, int]] = {}
+        self._keep = current_pack.get()
 
-    def promise(self, recipe: "_Recipe", results: Tensor | tuple[Tensor, ...]) -> None:
+    def add(self, recipe: "_Recipe", results: Tensor | tuple[Tensor, ...]) -> None:
         for i, result in enumerate(_as_tuple(results)):
             self._promised[StorageWeakRef(result.untyped_storage())] = (recipe, i)
 
-    def __call__(self, tensor: Tensor) -> Tensor | _Promise:
-        if isinstance(tensor, nn.Parameter):
-            return tensor  # as it is: under ZeRO-3 its data comes and goes
+    def __call__(self, tensor: Tensor) -> Tensor | StandIn:
         found = self._promised.get(StorageWeakRef(tensor.untyped_storage()))
         if found is None:
-            return tensor.detach()  # its history would close a cycle of references
+            return self._keep(tensor)
         return _Promise(*found, (tensor.size(), tensor.stride(), tensor.storage_offset()))
-
-
-def _unpack(packed: Tensor | _Promise) -> Tensor:
-    if isinstance(packed, _Promise):
-        return packed.recipe.result(packed.result).as_strided(*packed.place)
-    return packed
 
 
 class _Recipe:
     """A function and its inputs: the results, and what it saved on the way, when asked for."""
 
-    def __init__(self, function: Callable[..., Any], inputs: tuple[Any, ...], pack: _Pack) -> None:
+    def __init__(self, function: Callable[..., Any], inputs: tuple[Any, ...], pack: Pack) -> None:
         self._function = function
         self._inputs = [pack(x) if isinstance(x, Tensor) else x for x in inputs]
-        self._are_differentiable = [isinstance(x, Tensor) and x.requires_grad for x in inputs]
+        self._need_grads = [x.requires_grad if isinstance(x, Tensor) else None for x in inputs]
         self._num_saved = 0
         self._saved: dict[int, Tensor] = {}
         self._results: tuple[Tensor, ...] = ()
@@ -151,10 +149,8 @@ class _Recipe:
 
     def _run(self) -> None:
         inputs = [
-            _unpack(x).detach().requires_grad_(is_differentiable)
-            if isinstance(x, Tensor | _Promise)
-            else x
-            for x, is_differentiable in zip(self._inputs, self._are_differentiable, strict=True)
+            x if needs_grad is None else unpack(x).detach().requires_grad_(needs_grad)
+            for x, needs_grad in zip(self._inputs, self._need_grads, strict=True)
         ]
         saved: list[Tensor] = []
         with torch.enable_grad(), saved_tensors_hooks(lambda x: saved.append(x.detach()), _refuse):
@@ -172,4 +168,4 @@ def _refuse(_: None) -> Tensor:
     raise AssertionError("a rebuilt graph is for its tensors only")
 
 
-_pack: ContextVar[_Pack | None] = ContextVar("pack", default=None)
+_promises: ContextVar[_Promises | None] = ContextVar("promises", default=None)

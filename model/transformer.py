@@ -4,6 +4,8 @@ B batch, S sequence, D model width, V vocabulary, L MoE layers, E experts, M MTP
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,6 +21,7 @@ from model.loss import summed_cross_entropy
 from model.moe import MoE
 from model.mtp import MTP, shift_back, shift_targets
 from model.norm import RMSNorm
+from model.offload import Stash
 from model.part import Part, whole
 from model.recompute import Recompute, recomputed
 from model.rope import Rotation, rotation
@@ -80,12 +83,14 @@ class Transformer(nn.Module):
         expert_group: dist.ProcessGroup | None = None,
         sequences: Sequences | None = None,
         recompute: Recompute = Recompute.none,
+        offloads: bool = False,
         parts: Sequence[Part] | None = None,
     ) -> None:
         """Weights mean nothing yet: `model.init.initialise` or a checkpoint fills them."""
         super().__init__()
         self.config = config
         self.recompute = recompute
+        self.offloads = offloads  # what blocks keep for the backward pass
         self.parts = list(parts or [whole(config)])
         sequences = sequences or WholeSequences()
         has_end = any(part.is_last for part in self.parts)
@@ -140,11 +145,14 @@ class Transformer(nn.Module):
             assert embedded is not None, "the first part has the embedding"
             hidden = embedded[:, :length]
         tally = _Tally(self.config, device=hidden.device)
+        stash = Stash() if self.offloads else None
+        run = partial(self._run, segments=segments, stash=stash)
         counted = batch.counted[:, :length]
         for i in part.layers:
-            out = self._run(self.layers[i], hidden, turn, counted, segments=segments)
-            hidden = tally.add(i, out)
+            hidden = tally.add(i, run(self.layers[i], hidden, turn, counted))
         if not part.is_last:
+            if stash is not None:
+                stash.depart()  # other micro-batches come before this one's backward pass
             return Advanced(hidden, tally.sums())
 
         hidden = self.norm(hidden)
@@ -153,14 +161,17 @@ class Transformer(nn.Module):
             assert embedded is not None, "a part with MTP has the embedding"
             ahead = shift_back(embedded, depth)[:, :length]
             counted = (batch.counted & shift_back(batch.counted, depth))[:, :length]
-            out = self._run(mtp, hidden, ahead, turn, counted, segments=segments)
+            out = run(mtp, hidden, ahead, turn, counted)
             hidden = tally.add(self.config.num_layers + depth - 1, out)
             wanted = shift_targets(batch.targets, depth)[:, :length]
             tally.losses.append(self._loss(hidden, wanted))
         return Advanced(hidden, tally.sums())
 
-    def _run(self, block: nn.Module, *inputs: Any, segments: list[int]) -> BlockOutput:
-        output: BlockOutput = recomputed(block, mode=self.recompute)(*inputs, segments=segments)
+    def _run(
+        self, block: nn.Module, *inputs: Any, segments: list[int], stash: Stash | None
+    ) -> BlockOutput:
+        with nullcontext() if stash is None else stash.keeping():
+            output: BlockOutput = recomputed(block, mode=self.recompute)(*inputs, segments=segments)
         return output
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:

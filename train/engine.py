@@ -7,6 +7,7 @@ is here and in `train/partitions.py`, with its reasons.
 """
 
 import datetime
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -47,6 +48,8 @@ from train.sequences import cut
 from train.sharded import Sharded
 from train.sharding import Sharding, StepResult
 from train.stages import Stages, plan_stages
+
+log = logging.getLogger(__name__)
 
 # The op for shared-memory collectives on the CPU is compiled at start-up (a minute, and a
 # compiler is needed); gloo does without it.
@@ -104,8 +107,11 @@ class Engine:
                 expert_group=expert_group,
                 sequences=sequences,
                 recompute=parallel.recompute,
+                offloads=parallel.offload_activations,
                 parts=stages.of(ranks.pipeline_rank),
             )
+        if parallel.offload_activations and ranks.device.type == "cpu":
+            log.warning("parallel.offload_activations=true only copies from host to host here")
         self.model = model
         self._first_experts = first_experts(model)
         self._num_experts = config.model.moe.num_experts if config.model.moe else 0

@@ -53,6 +53,8 @@ class ParallelConfig:
     #: What the backward pass computes again to save memory: norms, up-projections, SwiGLU and the
     #: experts' inside (selective), or whole blocks (full).
     recompute: Recompute = Recompute.none
+    #: Whether what blocks keep for the backward pass waits in host memory.
+    offload_activations: bool = False
     #: Where masters and moments stand, and are updated by the CPU: none leaves them on the
     #: accelerator.
     offload_optimizer: Offload = Offload.none

@@ -39,10 +39,11 @@ def small_model(
     config: ModelConfig,
     *,
     recompute: Recompute = Recompute.none,
+    offloads: bool = False,
     expert_group: dist.ProcessGroup | None = None,
 ) -> Transformer:
     """Large weights, so that nothing is nearly linear."""
-    model = Transformer(config, expert_group=expert_group, recompute=recompute)
+    model = Transformer(config, expert_group=expert_group, recompute=recompute, offloads=offloads)
     initialise(model, seed=1, std=0.4)
     return model
 

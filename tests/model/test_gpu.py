@@ -1,12 +1,20 @@
 """The model on a CUDA device equals the model on the CPU (`make gpu-check`)."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from model import offload
 from model.cache import Cache
 from model.grouped import grouped_swiglu
+from model.init import initialise
 from model.loss import IGNORED, summed_cross_entropy
+from model.memory import routed_peak
+from model.moe import MoE, MoEConfig
+from model.recompute import Recompute
+from model.router import RouterConfig
 from tests.model.small import packed_batch, small_config, small_model
 
 pytestmark = pytest.mark.gpu
@@ -41,6 +49,66 @@ def test_losses_and_gradients_equal_the_cpus() -> None:
             grad = there.get_parameter(name).grad
             assert grad is not None, name
             assert_near(grad, parameter.grad, 1e-4)
+
+
+def kept_and_gradients(dtype: torch.dtype, **settings: Any) -> tuple[int, list[torch.Tensor]]:
+    """Bytes that are allocated for the backward pass of a model, and its gradients."""
+    config = small_config(mtp_depth=1)
+    config.dim = 128
+    assert config.moe is not None
+    config.moe.expert_dim = 64
+    model = small_model(config, **settings).to("cuda", dtype)
+    batch = packed_batch([[96, 160]] * 4)
+    before = torch.cuda.memory_allocated()
+    sums = model(*(tensor.cuda() for tensor in batch), segments=[96, 160] * 4)
+    torch.cuda.synchronize()
+    kept = torch.cuda.memory_allocated() - before
+    (sums.loss + sums.mtp_loss.sum()).backward()
+    return kept, [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recompute_and_offload_keep_less_and_change_nothing(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "MIN_BYTES", {"cuda": 0})
+    kept, wanted = kept_and_gradients(dtype)
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2  # attention's backward adds in any order
+    last = kept
+    for mode in (Recompute.selective, Recompute.full):
+        kept_now, grads = kept_and_gradients(dtype, recompute=mode)
+        assert kept_now < last
+        last = kept_now
+        for grad, expected in zip(grads, wanted, strict=True):
+            assert_near(grad, expected.float().cpu(), tolerance)
+    for mode in Recompute:
+        kept_now, grads = kept_and_gradients(dtype, recompute=mode, offloads=True)
+        assert kept_now < kept
+        for grad, expected in zip(grads, wanted, strict=True):
+            assert_near(grad, expected.float().cpu(), tolerance)
+
+
+def test_experts_rows_in_chunks_keep_to_the_bound_in_bf16() -> None:
+    config = MoEConfig(
+        num_experts=8,
+        top_k=2,
+        expert_dim=256,
+        num_shared_experts=0,
+        max_tokens_per_chunk=1024,
+        router=RouterConfig(),
+    )
+    moe = MoE(config, dim=512)
+    initialise(moe, seed=3, std=0.1)
+    moe.to("cuda", torch.bfloat16)
+    x = torch.randn(1, 4096, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    counted = torch.ones(1, 4096, dtype=torch.bool, device="cuda")
+    moe(x, counted).hidden.sum().backward()  # libraries take their workspaces
+    moe.zero_grad()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    moe(x, counted).hidden.sum().backward()
+    bound = 2 * routed_peak(config, dim=512, tokens=4096, num_local=8, is_fused=True)
+    assert torch.cuda.max_memory_allocated() - before <= bound
 
 
 @pytest.mark.parametrize("counts", [[5, 0, 11, 1], [0, 0, 0, 17], [4, 4, 4, 5]])

@@ -42,6 +42,7 @@ LAYOUTS = [
     (2, {"expert": 2, "recompute": Recompute.full}),
     (2, {"expert": 2, "recompute": Recompute.selective, "accumulation": 2}),
     (2, {"expert": 2, "recompute": Recompute.selective, "model": chunked_model(limit=50)}),
+    (2, {"recompute": Recompute.selective, "offload_activations": True}),
     (2, {"expert": 2, "accumulation": 4}),
     (2, {"expert": 2, "accumulation": 4, "recompute": Recompute.full}),
     (2, {"expert": 2, "accumulation": 2, "zero_stage": 2}),
@@ -69,12 +70,14 @@ MORE_LAYOUTS = (
                 "zero_stage": stage,
                 "expert": expert,
                 "recompute": mode,
+                "offload_activations": offloads,
                 "model": chunked_model(limit=50),
             },
         )
         for stage in (0, 3)
         for expert in (1, 2)
-        for mode in (Recompute.none, Recompute.selective, Recompute.full)
+        for mode in Recompute
+        for offloads in (False, True)
     ]
     + [
         (4, {"zero_stage": stage, "expert": expert, "sequence": 2, "accumulation": 2})

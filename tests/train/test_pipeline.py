@@ -58,6 +58,7 @@ LAYOUTS = [
             (2, {"expert": 2, "accumulation": 4}),
             (2, {"expert": 1, "accumulation": 4}),
             (4, {"expert": 1, "accumulation": 8}),
+            (2, {"expert": 2, "accumulation": 4, "offload_activations": True}),
         )
         for recompute in Recompute
         if pipeline * kind.parts_per_rank <= 5
