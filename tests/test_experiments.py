@@ -259,6 +259,17 @@ def test_v2s_extensions_have_the_published_batches_and_yarn(
     assert 0.1 * rope.mscale == pytest.approx(0.0707)
 
 
+FIM = {"recipe_v3": 0.1, "recipe_coder_v2_lite": 0.5}  # arXiv:2412.19437, 4.1; 2406.11931, 3.1
+FIM |= dict.fromkeys(("recipe_coder_1b3", "recipe_coder_6b7", "recipe_coder_33b"), 0.5)
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *TUNED])
+def test_a_recipe_fills_in_the_middle_at_the_published_rate(name: str) -> None:
+    fim = experiment(name).data.fim
+    assert fim.rate == FIM.get(name, 0.0)
+    assert fim.mode == "psm"
+
+
 def test_v2s_balance_losses_have_the_published_weights() -> None:
     moe = experiment("recipe_v2").model.moe  # arXiv:2405.04434, 3.1.2
     assert moe is not None
