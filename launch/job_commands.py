@@ -1,0 +1,92 @@
+"""The commands of those who start all ranks themselves: srun, mpirun, DeepSpeed's runner over pdsh.
+
+Each rank becomes `python -m launch.rank RUN_DIR`, which finds its number in the environment that its
+starter sets.
+"""
+
+import sys
+from pathlib import Path
+
+from launch.config import HostsLaunch, OpenMPILaunch, PdshLaunch, SlurmLaunch
+from launch.node_ranks import module_environment
+from launch.order import SECRET, passed_environment
+from launch.ssh import OPTIONS
+
+HOSTFILE = "hostfile"
+ENVIRONMENT_FILE = "deepspeed_env"
+
+
+def srun_command(launch: SlurmLaunch, run_dir: Path, hosts: list[str]) -> list[str]:
+    """Within an allocation; srun passes signals and this process's environment on."""
+    command = [
+        "srun",
+        f"--nodes={len(hosts)}",
+        f"--ntasks={len(hosts) * launch.processes}",
+        f"--ntasks-per-node={launch.processes}",
+        f"--nodelist={','.join(hosts)}",
+        "--kill-on-bad-exit=1",
+        "--unbuffered",
+        "--export=ALL",
+    ]
+    if launch.cpus_per_process is not None:
+        command.append(f"--cpus-per-task={launch.cpus_per_process}")
+    return [*command, *_rank(sys.executable, run_dir)]
+
+
+def mpirun_command(launch: OpenMPILaunch, run_dir: Path, hosts: list[str]) -> list[str]:
+    """Open MPI over ssh; variables travel by name, their values don't stand on the command line."""
+    names = {*passed_environment(), *module_environment(), "MASTER_ADDR", "MASTER_PORT"}
+    names |= {"THRIFTY_RUN", "THRIFTY_ATTEMPT"}
+    command = [
+        "mpirun",
+        *("-np", str(len(hosts) * launch.processes)),
+        *("--host", ",".join(f"{host}:{launch.processes}" for host in hosts)),
+        *("--map-by", f"ppr:{launch.processes}:node", "--bind-to", "none"),
+    ]
+    for name in sorted(names):
+        command += ["-x", name]
+    return [*command, *_rank(launch.python or sys.executable, run_dir)]
+
+
+def pdsh_command(
+    launch: PdshLaunch, run_dir: Path, hosts: list[str], *, address: str, port: int
+) -> list[str]:
+    """DeepSpeed's runner. It reads hosts and environment from files, written by `write_pdsh_files`."""
+    return [
+        *(sys.executable, "-m", "launch.bound", "deepspeed.launcher.runner"),
+        *("--launcher", "pdsh", "--force_multi"),
+        *("--hostfile", str(run_dir / HOSTFILE)),
+        *("--include", "@".join(hosts)),
+        *("--master_addr", address, "--master_port", str(port)),
+        *("--no_local_rank", "--module", "launch.rank", str(run_dir)),
+    ]
+
+
+def pdsh_environment(run_dir: Path) -> dict[str, str]:
+    """What pdsh and DeepSpeed's runner read themselves."""
+    return {
+        "DS_ENV_FILE": str(run_dir / ENVIRONMENT_FILE),
+        "PDSH_RCMD_TYPE": "ssh",
+        # Without these pdsh waits for a dead node for ever.
+        "PDSH_SSH_ARGS_APPEND": " ".join(f"-o{name}={value}" for name, value in OPTIONS.items()),
+    }
+
+
+def write_pdsh_files(
+    launch: HostsLaunch, run_dir: Path, hosts: list[str], environment: dict[str, str]
+) -> None:
+    """Hosts, and the variables that ranks get. DeepSpeed writes these on command lines: no secrets."""
+    lines = [f"{host} slots={launch.processes}\n" for host in hosts]
+    (run_dir / HOSTFILE).write_text("".join(lines))
+    variables = {**passed_environment(), **module_environment(), **environment}
+    (run_dir / ENVIRONMENT_FILE).write_text(
+        "".join(
+            f"{name}={value}\n"
+            for name, value in variables.items()
+            if not SECRET.search(name) and value and "\n" not in value
+        )
+    )
+
+
+def _rank(python: str, run_dir: Path) -> list[str]:
+    return [python, "-u", "-m", "launch.rank", str(run_dir)]

@@ -1,0 +1,229 @@
+"""Ways to start the ranks of one attempt: on this machine, over ssh, or by somebody else's launcher."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from queue import Queue
+from typing import NamedTuple, Protocol
+
+from launch.config import HostsLaunch, LaunchConfig, OpenMPILaunch, PdshLaunch, SlurmLaunch
+from launch.config import SshLaunch
+from launch.hosts import find_hosts
+from launch.interface import address_towards
+from launch.job_commands import (
+    mpirun_command,
+    pdsh_command,
+    pdsh_environment,
+    srun_command,
+    write_pdsh_files,
+)
+from launch.link import AgentLink, Event, JobLink, Link
+from launch.node_ranks import LOOPBACK, free_port, module_environment
+from launch.order import Order, encode, passed_environment
+from launch.ssh import ask_all, remote_command
+
+Hear = Callable[[str, str], None]
+
+
+class Ready(NamedTuple):
+    """A node that answers, and where the ranks would meet on it."""
+
+    host: str
+    address: str
+    port: int
+
+
+class Attempt(NamedTuple):
+    """What one start needs to know."""
+
+    run_dir: Path
+    run_id: str
+    number: int
+    nodes: list[Ready]
+    launch: LaunchConfig
+
+
+class Starter(Protocol):
+    def find_ready(self) -> list[Ready]: ...
+
+    def start(self, attempt: Attempt, events: "Queue[Event]", hear: Hear) -> list[Link]: ...
+
+    def commands(self, attempt: Attempt) -> list[list[str]]: ...
+
+
+class LocalStarter:
+    """One agent on this machine."""
+
+    def __init__(self, launch: LaunchConfig) -> None:
+        self.launch = launch
+
+    def find_ready(self) -> list[Ready]:
+        return [Ready("localhost", LOOPBACK, free_port())]
+
+    def start(self, attempt: Attempt, events: "Queue[Event]", hear: Hear) -> list[Link]:
+        return _start_agents(self.commands(attempt), attempt, events, hear)
+
+    def commands(self, attempt: Attempt) -> list[list[str]]:
+        return [[sys.executable, "-u", "-m", "launch.bound", "launch.agent"]]
+
+
+class SshStarter:
+    """An agent on each node, behind ssh."""
+
+    def __init__(self, launch: SshLaunch) -> None:
+        self.launch = launch
+
+    def find_ready(self) -> list[Ready]:
+        """The hosts that answer, in the order in which they are listed, spares included."""
+        launch = self.launch
+        hosts = find_hosts(launch.hosts, launch.hostfile, processes=launch.processes)
+        names = [host.name for host in hosts]
+        answers = ask_all(launch, names, "launch.hello", [launch.interface or ""], seconds=30)
+        return [
+            Ready(name, str(answer["address"]), launch.port or int(answer["port"]))
+            for name, answer in zip(names, answers, strict=True)
+            if answer.get("address") and answer.get("port")
+        ]
+
+    def start(self, attempt: Attempt, events: "Queue[Event]", hear: Hear) -> list[Link]:
+        return _start_agents(self.commands(attempt), attempt, events, hear)
+
+    def commands(self, attempt: Attempt) -> list[list[str]]:
+        return [remote_command(self.launch, node.host, "launch.agent") for node in attempt.nodes]
+
+
+class JobStarter:
+    """All ranks behind one command of DeepSpeed's, MPI's or Slurm's."""
+
+    def __init__(self, launch: LaunchConfig) -> None:
+        self.launch = launch
+
+    def find_ready(self) -> list[Ready]:
+        match self.launch:
+            case SlurmLaunch():
+                return _find_allocated()
+            case HostsLaunch(hosts=given, hostfile=hostfile, processes=processes, port=port):
+                hosts = find_hosts(given, hostfile, processes=processes)
+                address = hosts[0].name.rpartition("@")[2]
+                return [Ready(host.name, address, port or free_port("")) for host in hosts]
+            case _:
+                raise AssertionError(f"no job for launch={self.launch.kind}")
+
+    def start(self, attempt: Attempt, events: "Queue[Event]", hear: Hear) -> list[Link]:
+        (command,) = self.commands(attempt)
+        first = attempt.nodes[0]
+        extra: dict[str, str] = {}
+        if isinstance(self.launch, PdshLaunch):
+            hosts = [node.host for node in attempt.nodes]
+            write_pdsh_files(self.launch, attempt.run_dir, hosts, job_environment(attempt))
+            extra = pdsh_environment(attempt.run_dir)
+        process = subprocess.Popen(  # noqa: S603 (a list, no shell)
+            command,
+            env={
+                **os.environ,
+                **module_environment(),
+                **job_environment(attempt),
+                **extra,
+                "MASTER_ADDR": first.address,
+                "MASTER_PORT": str(first.port),
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        return [JobLink([node.host for node in attempt.nodes], process, events, hear)]
+
+    def commands(self, attempt: Attempt) -> list[list[str]]:
+        hosts = [node.host for node in attempt.nodes]
+        first = attempt.nodes[0]
+        match self.launch:
+            case SlurmLaunch():
+                return [srun_command(self.launch, attempt.run_dir, hosts)]
+            case OpenMPILaunch():
+                return [mpirun_command(self.launch, attempt.run_dir, hosts)]
+            case PdshLaunch():
+                return [
+                    pdsh_command(
+                        self.launch, attempt.run_dir, hosts, address=first.address, port=first.port
+                    )
+                ]
+            case _:
+                raise AssertionError(f"no job for launch={self.launch.kind}")
+
+
+def build_starter(launch: LaunchConfig) -> Starter:
+    """The starter of the launch's kind."""
+    match launch:
+        case SshLaunch():
+            return SshStarter(launch)
+        case PdshLaunch() | OpenMPILaunch() | SlurmLaunch():
+            return JobStarter(launch)
+        case _:
+            return LocalStarter(launch)
+
+
+def build_order(attempt: Attempt, node: int) -> Order:
+    """What the agent of a node is told."""
+    launch = attempt.launch
+    first = attempt.nodes[0]
+    is_local = first.address == LOOPBACK
+    return Order(
+        run_dir=str(attempt.run_dir),
+        run_id=attempt.run_id,
+        attempt=attempt.number,
+        hosts=[ready.host for ready in attempt.nodes],
+        node=node,
+        processes=launch.processes,
+        address=first.address,
+        port=first.port,
+        interface="lo" if is_local else getattr(launch, "interface", None),
+        threads=launch.threads_per_process,
+        lost_after_seconds=launch.supervision.lost_after_seconds,
+        grace_seconds=launch.supervision.grace_seconds,
+        environment=passed_environment(),
+    )
+
+
+def job_environment(attempt: Attempt) -> dict[str, str]:
+    """What tells the processes of an attempt from those of earlier ones."""
+    return {"THRIFTY_RUN": attempt.run_id, "THRIFTY_ATTEMPT": str(attempt.number)}
+
+
+def _start_agents(
+    commands: list[list[str]], attempt: Attempt, events: "Queue[Event]", hear: Hear
+) -> list[Link]:
+    links: list[Link] = []
+    for node, command in enumerate(commands):
+        process = subprocess.Popen(  # noqa: S603 (a list, no shell)
+            command,
+            env={**os.environ, **module_environment()},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # the terminal's Ctrl-C reaches this process alone
+        )
+        link = AgentLink(attempt.nodes[node].host, process, events, hear)
+        link.say(encode(build_order(attempt, node)))
+        links.append(link)
+    return links
+
+
+def _find_allocated() -> list[Ready]:
+    """The nodes of the job that this process is in; it runs on the first of them."""
+    listing = subprocess.run(
+        ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],  # noqa: S607
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    hosts = listing.stdout.split()
+    # Its own name may resolve to a loopback address here; the way to a neighbour tells better.
+    address = address_towards(hosts[1]) if len(hosts) > 1 else LOOPBACK
+    return [Ready(host, address, free_port("")) for host in hosts]
