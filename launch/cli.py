@@ -11,6 +11,9 @@ from train.outcome import ExitCode
 
 VERBS = {
     "train": ("launch.train", "train a run, or continue it; -m sweeps over settings"),
+    "launch": ("launch.launch", "a run on one node or many, checked before and kept alive"),
+    "doctor": ("launch.doctor", "are the nodes fit for a launch?"),
+    "status": ("launch.status", "how a run stands and what happened to it"),
     "prepare": ("launch.prepare", "make a corpus ready: tokenizer, shards, manifest"),
     "plan": ("launch.plan", "parameters and FLOPs of a model, per component"),
     "verify": ("launch.verify", "whether a layout trains the same model as one process"),

@@ -19,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from data.config import DATA_KINDS
+from launch.config import LAUNCH_KINDS
 from launch.help import describe_groups
 from launch.mistake import MISTAKES, explain, unknown_key
 from model.config import MODEL_KINDS
@@ -127,6 +128,7 @@ def _register(schema: type[Any]) -> None:
         ("data", DATA_KINDS),
         ("schedule", SCHEDULE_KINDS),
         ("optimizer", OPTIMIZER_KINDS),
+        ("launch", LAUNCH_KINDS),
     ):
         for kind, node in kinds.items():
             store.store(group=group, name=f"{kind}_schema", node=node)

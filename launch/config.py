@@ -5,12 +5,13 @@ One class per way of starting them; `kind` tells them apart in a resolved YAML f
 
 import os
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 
 from data.config import DATA_KINDS
 from launch.hosts import check_host_keys, find_hosts
-from launch.supervision import SupervisionConfig, check_supervision
+from launch.supervision import DoctorConfig, SupervisionConfig, check_supervision
 from model.config import MODEL_KINDS
 from train.config import RunConfig, check_run
 from train.schedule import SCHEDULE_KINDS
@@ -27,6 +28,7 @@ class LaunchConfig:
     #: CPU threads of each rank; null shares a node's cores out evenly.
     threads_per_process: int | None = None
     supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
+    doctor: DoctorConfig = field(default_factory=DoctorConfig)
 
     @property
     def num_ranks(self) -> int:
@@ -46,7 +48,7 @@ class HostsLaunch(LaunchConfig):
 
     #: Names or addresses of the nodes; `name:slots` where a node has other than `processes` slots.
     hosts: list[str] = field(default_factory=list)
-    #: File with a line `name slots=N` for each node, as DeepSpeed and MPI read it, instead of hosts.
+    #: Instead of hosts: a file with a line `name slots=N` for each node, as DeepSpeed reads it.
     hostfile: str | None = None
     #: Python on the nodes; null: this one's path.
     python: str | None = None
@@ -123,6 +125,8 @@ LAUNCH_KINDS: dict[str, type[LaunchConfig]] = {
 
 @dataclass(slots=True, kw_only=True)
 class LaunchedRun(RunConfig):
+    KINDS: ClassVar[dict[str, dict[str, Any]]] = {**RunConfig.KINDS, "launch": LAUNCH_KINDS}
+
     #: How the run's ranks are started; may differ from one start of a run to the next.
     launch: LaunchConfig = field(default_factory=LocalLaunch)
 

@@ -7,6 +7,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from launch.config import LaunchedRun
+from launch.keys import list_keys
+
 USAGE = """\
 Settings are given as key=value, an option of a group as group=option:
 
@@ -18,6 +21,14 @@ Settings are given as key=value, an option of a group as group=option:
 Starting again with the same run_dir continues that run. Every key: docs/configs.md.
 Exit codes: 0 finished, 1 failed, 2 a mistake in the command (nothing was started),
 75 interrupted and saved (the same command continues)."""
+
+
+LAUNCH_USAGE = """\
+thrifty launch [settings of thrifty train] launch=HOW launch.KEY=VALUE ... [--dry-run]
+
+Checks the nodes (thrifty doctor), starts the run on them and keeps it alive; thrifty status RUN_DIR
+says what happened. --dry-run prints every command and file that would be used, and does nothing.
+run_dir is the one folder that all nodes must share."""
 
 
 def describe_groups(config_name: str) -> str:
@@ -44,3 +55,19 @@ def describe_options(group: Traversable) -> Iterator[tuple[str, str]]:
             comments = [line for line in file.read_text().splitlines() if line.startswith("# ")]
             about = next((line for line in comments if "@package" not in line), "# ")
             yield file.name.removesuffix(".yaml"), about.removeprefix("# ")
+
+
+def describe_launch() -> str:
+    """What `thrifty launch --help` prints: the ways to start ranks, and every key of each."""
+    lines = [LAUNCH_USAGE, "", "launch (default: local)"]
+    options = describe_options(files("configs") / "launch")
+    lines += [f"  {'launch=' + option:18} {line}" for option, line in options]
+    for key in list_keys(LaunchedRun):
+        if key.name.startswith("launch.") and key.name != "launch.kind":
+            only = f"  (launch={'|'.join(key.options)})" if key.options else ""
+            lines += [
+                "",
+                f"{key.name}: {key.type}, default {key.default}{only}",
+                f"  {key.comment}",
+            ]
+    return "\n".join(lines)

@@ -29,8 +29,8 @@ def find_hosts(hosts: list[str], hostfile: str | None, *, processes: int) -> lis
     for name in names:
         if not NAME.match(name):
             raise ValueError(
-                f"{source}: {name!r} is no host name; use letters, digits, dots and dashes, perhaps "
-                "with user@ before them"
+                f"{source}: {name!r} is no host name; use letters, digits, dots and dashes, "
+                "perhaps with user@ before them"
             )
         if names.count(name) > 1:
             raise ValueError(f"{source}: {name} stands there twice; give each host one entry")
@@ -74,5 +74,7 @@ def _read_hostfile(path: Path, processes: int) -> list[Host]:
             )
         found.append(Host(words[0], int(slots)))
     if not found:
-        raise ValueError(f"launch.hostfile={path} names no host; write a line NAME slots=N for each")
+        raise ValueError(
+            f"launch.hostfile={path} names no host; write a line NAME slots=N for each"
+        )
     return found

@@ -1,13 +1,13 @@
 """The commands of those who start all ranks themselves: srun, mpirun, DeepSpeed's runner over pdsh.
 
-Each rank becomes `python -m launch.rank RUN_DIR`, which finds its number in the environment that its
-starter sets.
+Each rank becomes `python -m launch.rank RUN_DIR`, which finds its number in the environment that
+its starter sets.
 """
 
 import sys
 from pathlib import Path
 
-from launch.config import HostsLaunch, OpenMPILaunch, PdshLaunch, SlurmLaunch
+from launch.config import HostsLaunch, OpenMPILaunch, SlurmLaunch
 from launch.node_ranks import module_environment
 from launch.order import SECRET, passed_environment
 from launch.ssh import OPTIONS
@@ -48,10 +48,8 @@ def mpirun_command(launch: OpenMPILaunch, run_dir: Path, hosts: list[str]) -> li
     return [*command, *_rank(launch.python or sys.executable, run_dir)]
 
 
-def pdsh_command(
-    launch: PdshLaunch, run_dir: Path, hosts: list[str], *, address: str, port: int
-) -> list[str]:
-    """DeepSpeed's runner. It reads hosts and environment from files, written by `write_pdsh_files`."""
+def pdsh_command(run_dir: Path, hosts: list[str], *, address: str, port: int) -> list[str]:
+    """DeepSpeed's runner. It reads hosts and environment from files (`write_pdsh_files`)."""
     return [
         *(sys.executable, "-m", "launch.bound", "deepspeed.launcher.runner"),
         *("--launcher", "pdsh", "--force_multi"),
@@ -75,7 +73,7 @@ def pdsh_environment(run_dir: Path) -> dict[str, str]:
 def write_pdsh_files(
     launch: HostsLaunch, run_dir: Path, hosts: list[str], environment: dict[str, str]
 ) -> None:
-    """Hosts, and the variables that ranks get. DeepSpeed writes these on command lines: no secrets."""
+    """Hosts, and the ranks' variables. DeepSpeed writes these on command lines: no secrets."""
     lines = [f"{host} slots={launch.processes}\n" for host in hosts]
     (run_dir / HOSTFILE).write_text("".join(lines))
     variables = {**passed_environment(), **module_environment(), **environment}

@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from data.config import DATA_KINDS, DataConfig
+from launch.config import LAUNCH_KINDS, LaunchConfig
 from model.config import MODEL_KINDS, ModelConfig
 from train.optimizer import OPTIMIZER_KINDS, OptimizerConfig
 from train.schedule import SCHEDULE_KINDS, ScheduleConfig
@@ -20,6 +21,7 @@ KINDS: dict[type, dict[str, type[Any]]] = {
     DataConfig: dict(DATA_KINDS),
     ScheduleConfig: dict(SCHEDULE_KINDS),
     OptimizerConfig: dict(OPTIMIZER_KINDS),
+    LaunchConfig: dict(LAUNCH_KINDS),
 }
 
 

@@ -1,4 +1,4 @@
-"""The launcher's end of a node: a process (an agent here or behind ssh), its events and its words."""
+"""The launcher's end of a node: a process (an agent here or behind ssh), its events, its words."""
 
 import contextlib
 import json
@@ -24,7 +24,8 @@ class Event(NamedTuple):
 class Link(Protocol):
     """A node, or all nodes at once where somebody else (srun, mpirun) starts them."""
 
-    hosts: list[str]
+    @property
+    def hosts(self) -> list[str]: ...
 
     def say(self, word: str) -> None: ...
 

@@ -1,8 +1,8 @@
 """`python -m launch.rank RUN_DIR`: becomes one rank of the run, `python -m train RUN_DIR`.
 
 Whoever started it (DeepSpeed's launcher, torchrun, srun, mpirun) has said in the environment which
-rank it is. The first rank speaks to the terminal. What the others print (tracebacks, as a rule) goes
-to RUN_DIR/logs/rank-00001.log and so on.
+rank it is. The first rank speaks to the terminal. What the others print (tracebacks, as a rule)
+goes to RUN_DIR/logs/rank-00001.log and so on.
 """
 
 import os

@@ -65,13 +65,13 @@ def ask_all(
             return {"problem": f"no answer within {seconds:.0f} s"}
         except OSError as error:
             return {"problem": f"ssh can't be started here ({error}); install an ssh client"}
-        return _read_answer(done)
+        return read_answer(done)
 
     with ThreadPoolExecutor(min(len(hosts), MAX_AT_ONCE)) as pool:
         return list(pool.map(ask, range(len(hosts))))
 
 
-def _read_answer(done: "subprocess.CompletedProcess[str]") -> dict[str, Any]:
+def read_answer(done: "subprocess.CompletedProcess[str]") -> dict[str, Any]:
     lines = done.stdout.strip().splitlines()
     try:
         answer = json.loads(lines[-1]) if lines else None
@@ -79,5 +79,5 @@ def _read_answer(done: "subprocess.CompletedProcess[str]") -> dict[str, Any]:
         answer = None
     if isinstance(answer, dict):
         return answer
-    words = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}")
+    words = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
     return {"problem": words.splitlines()[-1]}

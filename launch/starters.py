@@ -1,4 +1,4 @@
-"""Ways to start the ranks of one attempt: on this machine, over ssh, or by somebody else's launcher."""
+"""Ways to start one attempt's ranks: on this machine, over ssh, or by somebody else's launcher."""
 
 import os
 import subprocess
@@ -8,8 +8,14 @@ from pathlib import Path
 from queue import Queue
 from typing import NamedTuple, Protocol
 
-from launch.config import HostsLaunch, LaunchConfig, OpenMPILaunch, PdshLaunch, SlurmLaunch
-from launch.config import SshLaunch
+from launch.config import (
+    HostsLaunch,
+    LaunchConfig,
+    OpenMPILaunch,
+    PdshLaunch,
+    SlurmLaunch,
+    SshLaunch,
+)
 from launch.hosts import find_hosts
 from launch.interface import address_towards
 from launch.job_commands import (
@@ -65,7 +71,7 @@ class LocalStarter:
     def start(self, attempt: Attempt, events: "Queue[Event]", hear: Hear) -> list[Link]:
         return _start_agents(self.commands(attempt), attempt, events, hear)
 
-    def commands(self, attempt: Attempt) -> list[list[str]]:
+    def commands(self, attempt: Attempt) -> list[list[str]]:  # noqa: ARG002 (one for all)
         return [[sys.executable, "-u", "-m", "launch.bound", "launch.agent"]]
 
 
@@ -147,11 +153,10 @@ class JobStarter:
             case OpenMPILaunch():
                 return [mpirun_command(self.launch, attempt.run_dir, hosts)]
             case PdshLaunch():
-                return [
-                    pdsh_command(
-                        self.launch, attempt.run_dir, hosts, address=first.address, port=first.port
-                    )
-                ]
+                command = pdsh_command(
+                    attempt.run_dir, hosts, address=first.address, port=first.port
+                )
+                return [command]
             case _:
                 raise AssertionError(f"no job for launch={self.launch.kind}")
 
@@ -217,7 +222,7 @@ def _start_agents(
 
 def _find_allocated() -> list[Ready]:
     """The nodes of the job that this process is in; it runs on the first of them."""
-    listing = subprocess.run(
+    listing = subprocess.run(  # noqa: S603 (a list, no shell)
         ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],  # noqa: S607
         capture_output=True,
         text=True,

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, Queue
 
-
 from launch.config import LaunchedRun
 from launch.link import AgentLink, Event, Link
 from launch.starters import Attempt, Ready, Starter
@@ -97,7 +96,7 @@ class Supervisor:
         try:
             failure = self._watch(links, events)
         finally:
-            _end_all(links, events)
+            _end_all(links)
         outcome = read_outcome(self.run_dir)
         stall = read_explanation(self.run_dir, attempt=number)
         if outcome is not None and outcome.status is not Status.failed:
@@ -108,7 +107,7 @@ class Supervisor:
         if stall is not None:
             hosts = [names[rank // self.config.launch.processes] for rank in stall.missing]
             return none, Failure(stall.summary, hosts)
-        if outcome is not None and (outcome.is_final or failure is None):
+        if outcome is not None and (outcome.is_final or outcome.at_fault or failure is None):
             hosts = [names[rank // self.config.launch.processes] for rank in outcome.at_fault]
             return none, Failure(outcome.reason, hosts, is_final=outcome.is_final)
         return none, failure or Failure("the ranks ended without leaving an outcome")
@@ -132,7 +131,7 @@ class Supervisor:
         return None
 
     def _watch(self, links: list[Link], events: "Queue[Event]") -> Failure | None:
-        """Until the first node ends or is lost: why, or None where the ranks ended by themselves."""
+        """Until a node fails or is lost: why; None where all ranks ended by themselves."""
         told = 0.0
         asked = False
         while True:
@@ -226,7 +225,7 @@ def _find_lost(links: list[Link], limit: float) -> list[str]:
     return [link.host for link in agents if not link.has_ended and now - link.heard > limit]
 
 
-def _end_all(links: list[Link], events: "Queue[Event]") -> None:
+def _end_all(links: list[Link]) -> None:
     """No process of the start is left, as far as its nodes can be reached."""
     for link in links:
         link.say("kill")
@@ -244,5 +243,3 @@ def _describe(outcome: Outcome) -> str:
 def supervise(config: LaunchedRun, starter: Starter) -> Outcome:
     """The outcome of a run that is kept alive as `launch.supervision` says."""
     return Supervisor(config, starter).run()
-
-

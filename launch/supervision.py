@@ -1,4 +1,4 @@
-"""How an unattended run is kept alive: what may be tried again, how often, and with how few nodes."""
+"""How an unattended run is kept alive: what may be tried again, how often, with how few nodes."""
 
 from dataclasses import dataclass
 
@@ -20,6 +20,24 @@ class SupervisionConfig:
     lost_after_seconds: float = 20.0
     #: Seconds that ranks get to save after they were asked to stop.
     grace_seconds: float = 300.0
+
+
+@dataclass(slots=True, kw_only=True)
+class DoctorConfig:
+    #: Whether `thrifty launch` examines the nodes before it starts the run.
+    enabled: bool = True
+    #: Least free memory of a node, in GB.
+    min_memory_gb: float = 1.0
+    #: Least free space where the run's folder lies, in GB.
+    min_disk_gb: float = 1.0
+    #: Largest difference between a node's clock and this one's.
+    max_clock_skew_seconds: float = 2.0
+    #: Whether rates between nodes are measured (seconds).
+    bandwidth: bool = True
+    #: Megabytes of one such measurement.
+    bandwidth_megabytes: int = 32
+    #: Least rate between any two nodes, in GB/s, both ways at once.
+    min_bandwidth_gbps: float = 0.0
 
 
 def check_supervision(config: SupervisionConfig) -> None:

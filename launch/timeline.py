@@ -35,7 +35,9 @@ class Timeline:
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / TIMELINE_FILE
 
-    def note(self, event: str, text: str, *, attempt: int = 0, hosts: list[str] | None = None) -> None:
+    def note(
+        self, event: str, text: str, *, attempt: int = 0, hosts: list[str] | None = None
+    ) -> None:
         moment = Moment(
             time=time.time(), event=event, text=text, attempt=attempt, hosts=hosts or []
         )

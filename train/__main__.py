@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -49,9 +50,17 @@ def main() -> ExitCode:
         ranks.wait()
         leave()
         return outcome.exit_code
-    except (ValueError, SaveError, DisagreementError, FloatingPointError) as error:
+    except SaveError as error:  # a full disk, perhaps one node's: another start may help
+        log.error("%s", error)
+        report_failure(run_dir, str(error), at_fault=error.ranks)
+        return ExitCode.FAILED
+    except DisagreementError as error:
         log.error("%s", error)
         report_failure(run_dir, str(error))
+        return ExitCode.FAILED
+    except (ValueError, FloatingPointError) as error:
+        log.error("%s", error)
+        report_failure(run_dir, str(error), is_final=True)
         return ExitCode.FAILED
     except Exception as error:
         report_failure(run_dir, repr(error))
@@ -67,11 +76,16 @@ def read_task(run_dir: Path) -> RunConfig:
     return read_config(run_dir / CONFIG_FILE, RunConfig)
 
 
-def report_failure(run_dir: Path, reason: str) -> None:
+def report_failure(
+    run_dir: Path, reason: str, *, is_final: bool = False, at_fault: Sequence[int] = ()
+) -> None:
     """Leave the outcome for the launcher, unless another rank or a full disk forbids it."""
+    outcome = Outcome(
+        status=Status.failed, step=-1, reason=reason, is_final=is_final, at_fault=list(at_fault)
+    )
     if os.environ.get("RANK", "0") == "0":
         with suppress(OSError):
-            write_outcome(run_dir, Outcome(status=Status.failed, step=-1, reason=reason))
+            write_outcome(run_dir, outcome)
 
 
 def configure_logging(*, is_first: bool) -> None:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import groupby
@@ -90,6 +90,10 @@ def check_checkpoint(config: CheckpointConfig) -> None:
 class SaveError(Exception):
     """A save failed on at least one rank; the checkpoints before it are intact."""
 
+    def __init__(self, message: str, *, ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = list(ranks)  # those that could not write
+
 
 class Written(NamedTuple):
     """A finished save."""
@@ -162,7 +166,8 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
             raise SaveError(
                 f"the checkpoint of step {step} in {self.folder} could not be written: "
-                f"{'; '.join(problems)}; those before it are intact"
+                f"{'; '.join(problems)}; those before it are intact",
+                ranks=[rank for rank, (_, problem) in enumerate(reports) if problem],
             )
         if ranks.is_first:
             self._remove_old(step)

@@ -6,7 +6,7 @@ never compose again. In groups with several kinds (`model`, `data`, ...) `kind` 
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -30,6 +30,13 @@ LAUNCH = "launch"  # the launcher's own group, of no concern to ranks
 
 @dataclass(slots=True, kw_only=True)
 class RunConfig:
+    #: Sections whose class is chosen by their `kind`, but for the model (`model_schema`).
+    KINDS: ClassVar[dict[str, dict[str, Any]]] = {
+        "data": DATA_KINDS,
+        "schedule": SCHEDULE_KINDS,
+        "optimizer": OPTIMIZER_KINDS,
+    }
+
     #: Folder of the run: config, metrics, logs, checkpoints. The same folder again continues it.
     run_dir: str
     #: Folder of another run, whose newest checkpoint's weights this run starts from: step 0, fresh
@@ -135,10 +142,9 @@ def typed(values: Any, schema: type[Config]) -> Config:
     """`values` (plain containers) as `schema`, with the kinds of its groups chosen by `kind`."""
     config = OmegaConf.structured(schema)
     config.model = model_schema(values["model"]["kind"])
-    config.data = DATA_KINDS[values["data"]["kind"]]
-    config.schedule = SCHEDULE_KINDS[values["schedule"]["kind"]]
-    if "optimizer" in values:
-        config.optimizer = OPTIMIZER_KINDS[values["optimizer"]["kind"]]
+    for section, kinds in schema.KINDS.items():
+        if section in values:
+            config[section] = kinds[values[section]["kind"]]
     filled = OmegaConf.to_object(OmegaConf.merge(config, values))
     assert isinstance(filled, schema)
     return filled

@@ -15,6 +15,7 @@ class ExitCode(IntEnum):
     FAILED = 1
     MISTAKE = 2  # the user's: config or input; nothing was started
     INTERRUPTED = 75  # saved; start the same command again (EX_TEMPFAIL of sysexits.h)
+    STALLED = 76  # a rank's: no step ended; RUN/stalls says why
 
 
 class Status(StrEnum):
@@ -28,6 +29,8 @@ class Outcome:
     status: Status
     step: int
     reason: str = ""
+    is_final: bool = False  # another start would fail the same way
+    at_fault: list[int] = field(default_factory=list)  # ranks, where that is known
     summary: dict[str, float] = field(default_factory=dict)
 
     @property

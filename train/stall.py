@@ -1,7 +1,7 @@
 """Why a run does not go on: what every rank says of itself, and what follows from it together.
 
-    RUN/stalls/start-0002/rank-00000.json      one rank's own words
-    RUN/stalls/start-0002/explanation.json     what they come to; explanation.md for people
+RUN/stalls/start-0002/rank-00000.json      one rank's own words
+RUN/stalls/start-0002/explanation.json     what they come to; explanation.md for people
 """
 
 import json
@@ -119,11 +119,10 @@ def explain(
     lines = [words.describe() for _, words in sorted(said.items())]
     for rank in silent:
         known = last_words.get(rank)
-        lines.append(
-            f"rank {rank}: no word; {time.time() - known.time:.0f} s ago it said: {known.describe()}"
-            if known is not None
-            else f"rank {rank}: no word, and none before"
-        )
+        before = "none before"
+        if known is not None:
+            before = f"{time.time() - known.time:.0f} s ago it said: {known.describe()}"
+        lines.append(f"rank {rank}: no word; {before}")
     return Explanation(
         summary=_summarise(said, last_words, missing, waiting, why),
         missing=missing,
@@ -152,13 +151,13 @@ def _summarise(
         parts.append(f"{_name(ranks)} wait{'s' * (len(ranks) == 1)} in {name}{where}, step {step}")
     if not missing:
         return f"{'; '.join(parts)}; missing: {why}"
-    where = []
+    absent = []
     for rank in missing:
         words = said.get(rank) or last_words.get(rank)
         host = f" on {words.host}" if words is not None else ""
         doing = f" ({words.activity})" if words is not None and rank in said else ""
-        where.append(f"rank {rank}{host}{doing}")
-    return f"{'; '.join([*parts, 'missing: ' + ', '.join(where)])}, {why}"
+        absent.append(f"rank {rank}{host}{doing}")
+    return f"{'; '.join([*parts, 'missing: ' + ', '.join(absent)])}, {why}"
 
 
 def _name(ranks: list[int]) -> str:
@@ -186,7 +185,9 @@ def read_testimonies(folder: Path) -> dict[int, Testimony]:
     return found
 
 
-def write_explanation(folder: Path, explanation: Explanation, said: Mapping[int, Testimony]) -> None:
+def write_explanation(
+    folder: Path, explanation: Explanation, said: Mapping[int, Testimony]
+) -> None:
     """For programs and for people, stacks included."""
     text = [f"# {explanation.summary}", "", *(f"- {line}" for line in explanation.lines)]
     for rank, words in sorted(said.items()):

@@ -1,0 +1,55 @@
+"""What comes before the ranks, however they are started: config, folder, corpus."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data.config import MixtureData, find_folder
+from data.prepare import prepare
+from launch.compose import Job, to_config
+from launch.config import LaunchedRun, check_launched
+from launch.run_folder import hold_folder, prepare_folder, take_up
+from train.restore import check_start
+
+log = logging.getLogger(__name__)
+
+
+def settle(job: Job) -> LaunchedRun:
+    """The checked config of a run, continued from its folder's if it has begun.
+
+    Raises:
+        ValueError: The config can't be run.
+    """
+    config = to_config(job.values, LaunchedRun)
+    if job.folder is not None:
+        config = dataclasses.replace(config, run_dir=str(job.folder))
+        log.info("\nrun %s of the sweep: %s", job.folder.name, " ".join(job.overrides))
+    else:
+        config = take_up(config, job.overrides)
+    check_launched(config)
+    # Later commands may come from elsewhere; they read where the corpus is in the run's config.
+    config.data.folder = str(find_folder(config.data).absolute())
+    if isinstance(config.data, MixtureData):
+        for source in config.data.sources:
+            source.folder = str(find_folder(source).absolute())
+    check_start(config)
+    return config
+
+
+@contextmanager
+def begin(config: LaunchedRun) -> Iterator[Path]:
+    """While entered: the run's folder, held against a second start, its config written and its
+    corpus ready.
+
+    Raises:
+        ValueError: The folder holds another run, or another process trains in it.
+    """
+    run_dir = Path(config.run_dir)
+    with hold_folder(run_dir):
+        for change in prepare_folder(config):
+            log.info("changed since the last start: %s", change)
+        prepare(config.data)
+        log.info("run folder: %s", run_dir)
+        yield run_dir

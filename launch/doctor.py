@@ -1,0 +1,346 @@
+"""`thrifty doctor`: are the nodes fit for this run? Also asked before every launch.
+
+Each node answers twice: what it is (`launch.probe`), and, once all have left a mark in the run's
+folder, whose marks it sees and how fast it reaches the others (`launch.network`).
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from launch.begin import settle
+from launch.compose import Job, run_jobs, worst
+from launch.config import HostsLaunch, LaunchedRun, LocalLaunch
+from launch.hosts import find_hosts
+from launch.local_node import ask_here
+from launch.probe import mark_path
+from launch.ssh import ask_all
+from train.outcome import ExitCode
+
+log = logging.getLogger(__name__)
+
+WIDTH = 120
+PROBE_SECONDS = 60.0
+NETWORK_SECONDS = 240.0
+GB = 1e9
+
+Facts = dict[str, Any]
+
+
+class Finding(NamedTuple):
+    """One check of one node."""
+
+    check: str
+    host: str
+    is_good: bool
+    text: str
+    way_out: str = ""
+
+
+@dataclass(slots=True)
+class Findings:
+    hosts: list[str]
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def is_healthy(self) -> bool:
+        return all(finding.is_good for finding in self.findings)
+
+    def add(self, check: str, host: str, problem: str, text: str, way_out: str) -> None:
+        """A green finding with `text` where there is no problem, else a red one."""
+        self.findings.append(
+            Finding(check, host, not problem, problem or text, way_out if problem else "")
+        )
+
+
+def main() -> ExitCode:
+    """Examine the nodes of the launch that the command line describes."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    return worst(run_jobs(doctor_job, schema=LaunchedRun))
+
+
+def doctor_job(job: Job) -> ExitCode:
+    """Print the table; failed if anything is red."""
+    findings = examine(settle(job))
+    report(findings)
+    return ExitCode.FINISHED if findings.is_healthy else ExitCode.FAILED
+
+
+def examine(config: LaunchedRun) -> Findings:
+    """All checks of all nodes, spares included."""
+    launch = config.launch
+    ask = _asker(config)
+    hosts = _hosts(config)
+    findings = Findings(hosts)
+    nonce = uuid.uuid4().hex[:12]
+    run_dir = Path(config.run_dir).absolute()
+    common = {
+        "run_dir": str(run_dir),
+        "corpus": config.data.folder,
+        "interface": getattr(launch, "interface", None),
+        "nonce": nonce,
+    }
+    port = getattr(launch, "port", None)
+    before = time.time()
+    # The first node's address is what ssh reached it by; the others look for their way to that.
+    first = ask("launch.probe", [{**common, "first": "", "port": port, "node": 0}], hosts[:1])
+    address = str((first[0].get("interface") or {}).get("address") or "")
+    asked = [
+        {**common, "first": address, "port": None, "node": node} for node in range(1, len(hosts))
+    ]
+    facts = [*first, *(ask("launch.probe", asked, hosts[1:]) if asked else [])]
+    clock = (before, time.time())
+    try:
+        good = _judge_reach(findings, hosts, facts)
+        for check in CHECKS:
+            check(findings, config, good)
+        _judge_clocks(findings, config, good, clock)
+        if len(good) == len(hosts):
+            _judge_network(findings, config, ask, common, address, good)
+    finally:
+        for node in range(len(hosts)):
+            mark_path(run_dir, nonce, node).unlink(missing_ok=True)
+    return findings
+
+
+def report(findings: Findings) -> None:
+    """A row per check and a column per node, then a way out for each red."""
+    table = Table("check", box=box.SIMPLE)
+    for host in findings.hosts:
+        table.add_column(host)
+    cells: dict[str, dict[str, Finding]] = {}
+    for finding in findings.findings:
+        cells.setdefault(finding.check, {})[finding.host] = finding
+    for check, row in cells.items():
+        table.add_row(check, *(_cell(row.get(host)) for host in findings.hosts))
+    console = Console(width=max(WIDTH, 24 * (len(findings.hosts) + 1)), stderr=True)
+    console.print(table)
+    for finding in findings.findings:
+        if not finding.is_good:
+            console.print(
+                f"[red]{finding.host}[/]: {finding.check}: {finding.text}; {finding.way_out}",
+                soft_wrap=True,
+                highlight=False,
+            )
+
+
+def _cell(finding: Finding | None) -> str:
+    if finding is None:
+        return ""
+    return f"[{'green' if finding.is_good else 'red'}]{finding.text}[/]"
+
+
+def _hosts(config: LaunchedRun) -> list[str]:
+    launch = config.launch
+    match launch:
+        case HostsLaunch():
+            found = find_hosts(launch.hosts, launch.hostfile, processes=launch.processes)
+            return [host.name for host in found]
+        case LocalLaunch():
+            return ["localhost"]
+        case _:
+            raise ValueError(
+                f"launch={launch.kind}: the nodes are not known before Slurm or the cluster gives "
+                "them; doctor looks at those of launch=ssh and launch=local"
+            )
+
+
+def _asker(config: LaunchedRun) -> Callable[[str, list[dict[str, Any]], list[str]], list[Facts]]:
+    """Asks each host a module's questions: over ssh, or this machine directly."""
+    launch = config.launch
+
+    def ask(module: str, questions: list[dict[str, Any]], hosts: list[str]) -> list[Facts]:
+        seconds = NETWORK_SECONDS if module == "launch.network" else PROBE_SECONDS
+        inputs = [json.dumps(question) for question in questions]
+        if isinstance(launch, HostsLaunch):
+            return ask_all(launch, hosts, module, [], seconds=seconds, inputs=inputs)
+        return [ask_here(module, text, seconds=seconds) for text in inputs]
+
+    return ask
+
+
+def _judge_reach(findings: Findings, hosts: list[str], facts: list[Facts]) -> dict[str, Facts]:
+    """The nodes that answered."""
+    good = {}
+    for host, known in zip(hosts, facts, strict=True):
+        problem = str(known.get("problem", ""))
+        findings.add(
+            "reachable",
+            host,
+            problem,
+            str(known.get("hostname", "")),
+            f"try `ssh {host}` by hand: name, key, Python and packages must be there",
+        )
+        if not problem:
+            good[host] = known
+    return good
+
+
+def _judge_versions(findings: Findings, config: LaunchedRun, good: dict[str, Facts]) -> None:
+    """Same Python, same packages, same code as most."""
+    for name in next(iter(good.values()), {"versions": {}})["versions"]:
+        _judge_same(
+            findings,
+            name,
+            {host: known["versions"][name] for host, known in good.items()},
+            f"install the same version of {name} on every node",
+        )
+    pythons = {host: known["python"] for host, known in good.items()}
+    _judge_same(findings, "Python", pythons, "use the same Python on every node (launch.python)")
+    code = {host: known["code"] for host, known in good.items()}
+    _judge_same(findings, "our code", code, "install the same commit of thrifty on every node")
+    corpora = {host: known["corpus"] or "missing" for host, known in good.items()}
+    _judge_same(
+        findings, "corpus", corpora, f"put the prepared corpus into {config.data.folder} there"
+    )
+
+
+def _judge_same(findings: Findings, check: str, values: dict[str, str], way_out: str) -> None:
+    """Red where a node differs from what most say; `missing` is red in any case."""
+    most = Counter(values.values()).most_common(1)
+    for host, value in values.items():
+        common = most[0][0]
+        problem = "" if value == common else f"{value}, others have {common}"
+        findings.add(check, host, "missing" if value == "missing" else problem, value, way_out)
+
+
+def _judge_devices(findings: Findings, config: LaunchedRun, good: dict[str, Facts]) -> None:
+    """GPUs: none anywhere, or enough of the same everywhere."""
+    needed = config.launch.processes
+    has_any = any(known["gpus"] for known in good.values())
+    for host, known in good.items():
+        count = len(known["gpus"])
+        problem = f"{count} GPUs, {needed} needed" if has_any and count < needed else ""
+        text = f"{count} x {known['gpus'][0]}" if count else "none (CPU)"
+        findings.add("GPUs", host, problem, text, "choose fewer launch.processes or another node")
+
+
+def _judge_room(findings: Findings, config: LaunchedRun, good: dict[str, Facts]) -> None:
+    """Free memory and disk, and that the run's folder can be written."""
+    doctor = config.launch.doctor
+    for host, known in good.items():
+        for check, key, least, setting in (
+            ("free memory", "memory", doctor.min_memory_gb, "min_memory_gb"),
+            ("free disk", "disk", doctor.min_disk_gb, "min_disk_gb"),
+        ):
+            free = known[key] / GB
+            problem = f"{free:.1f} GB, {least:g} needed" if free < least else ""
+            way_out = f"make room, or lower launch.doctor.{setting}"
+            findings.add(check, host, problem, f"{free:.1f} GB", way_out)
+        way_out = "mend the mount or the permissions, or choose another run_dir"
+        findings.add("run_dir writable", host, known["written"], "yes", way_out)
+
+
+def _judge_addresses(findings: Findings, config: LaunchedRun, good: dict[str, Facts]) -> None:
+    """The interface that the ranks will use, and the port on the first node."""
+    for place, (host, known) in enumerate(good.items()):
+        interface = known["interface"]
+        problem = interface["problem"]
+        is_loopback = interface["name"] == "lo" and len(good) > 1
+        if is_loopback and not problem:
+            problem = "the way to the first node is the loopback interface"
+        text = f"{interface['name']} {interface['address'] or ''}"
+        way_out = "name an interface that all nodes have: launch.interface=NAME (see `ip address`)"
+        findings.add("interface", host, problem, text, way_out)
+        if place == 0 and getattr(config.launch, "port", None) is not None:
+            way_out = "choose another launch.port, or leave it out: a free one is taken"
+            findings.add(
+                "port", host, known["port"], str(getattr(config.launch, "port", "")), way_out
+            )
+
+
+def _judge_clocks(
+    findings: Findings, config: LaunchedRun, good: dict[str, Facts], clock: tuple[float, float]
+) -> None:
+    """A node's clock must lie between this one's before and after the question."""
+    allowed = config.launch.doctor.max_clock_skew_seconds
+    for host, known in good.items():
+        skew = max(clock[0] - known["time"], known["time"] - clock[1], 0.0)
+        problem = f"off by {skew:.1f} s" if skew > allowed else ""
+        way_out = "set its clock (chrony, ntp), or raise launch.doctor.max_clock_skew_seconds"
+        findings.add("clock", host, problem, "agrees", way_out)
+
+
+def _judge_network(
+    findings: Findings,
+    config: LaunchedRun,
+    ask: Callable[[str, list[dict[str, Any]], list[str]], list[Facts]],
+    common: dict[str, Any],
+    address: str,
+    good: dict[str, Facts],
+) -> None:
+    """The run's folder is the same everywhere; rates between nodes, the slowest link named."""
+    hosts = list(good)
+    doctor = config.launch.doctor
+    port = getattr(config.launch, "port", None) or 20000 + os.getpid() % 20000
+    questions = [
+        {
+            **common,
+            "node": node,
+            "nodes": len(hosts),
+            "first": address,
+            "port": port,
+            "interface": good[host]["interface"]["name"],
+            "bandwidth": doctor.bandwidth,
+            "megabytes": doctor.bandwidth_megabytes,
+        }
+        for node, host in enumerate(hosts)
+    ]
+    answers = ask("launch.network", questions, hosts)
+    for host, answer in zip(hosts, answers, strict=True):
+        unseen = [name for node, name in enumerate(hosts) if node not in answer.get("seen", [])]
+        problem = f"does not hold what {', '.join(unseen)} wrote" if unseen else ""
+        if "problem" in answer:
+            problem = ""
+        way_out = "mount the same file system at run_dir on all nodes: checkpoints live there"
+        findings.add("run_dir shared", host, problem, "yes", way_out)
+        if "problem" in answer:
+            way_out = "look for a firewall between the nodes, or name launch.interface"
+            findings.add("network", host, str(answer["problem"]), "", way_out)
+    rates = next((answer for answer in answers if "all_reduce" in answer), None)
+    if rates is not None:
+        for host, text, problem in _describe_rates(rates, hosts, doctor.min_bandwidth_gbps):
+            way_out = "look at its cable, switch port and interface, or take it out"
+            findings.add("network", host, problem, text, way_out)
+        log.info(
+            "all-reduce %.2f GB/s, all-to-all %.2f GB/s over all nodes; slowest link %s",
+            *(rates[name] / GB for name in ("all_reduce", "all_to_all")),
+            _slowest(rates, hosts),
+        )
+
+
+def _describe_rates(
+    rates: dict[str, Any], hosts: list[str], least: float
+) -> Iterator[tuple[str, str, str]]:
+    """Host, its slowest link in words, and the problem with it."""
+    for node, host in enumerate(hosts):
+        own = {name: rate for name, rate in rates["pairs"].items() if str(node) in name.split("-")}
+        name, rate = min(own.items(), key=lambda item: item[1])
+        peer = hosts[next(int(end) for end in name.split("-") if int(end) != node)]
+        text = f"{rate / GB:.2f} GB/s to {peer}"
+        yield host, text, f"{text}, {least:g} needed" if rate / GB < least else ""
+
+
+def _slowest(rates: dict[str, Any], hosts: list[str]) -> str:
+    name, rate = min(rates["pairs"].items(), key=lambda item: item[1])
+    left, right = (hosts[int(end)] for end in name.split("-"))
+    return f"{left} - {right} ({rate / GB:.2f} GB/s)"
+
+
+CHECKS = (_judge_versions, _judge_devices, _judge_room, _judge_addresses)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
