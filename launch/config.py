@@ -128,7 +128,7 @@ class LaunchedRun(RunConfig):
     KINDS: ClassVar[dict[str, dict[str, Any]]] = {**RunConfig.KINDS, "launch": LAUNCH_KINDS}
 
     #: How the run's ranks are started; may differ from one start of a run to the next.
-    launch: LaunchConfig = field(default_factory=LocalLaunch)
+    launch: LaunchConfig
 
 
 def check_launched(config: LaunchedRun) -> None:
