@@ -23,6 +23,7 @@ from train.optimizer import OPTIMIZER_KINDS, OptimizerConfig, check_optimizer
 from train.parallel import ParallelConfig, check_parallel
 from train.precision import PrecisionConfig
 from train.schedule import SCHEDULE_KINDS, ScheduleConfig, check_schedule
+from train.watchdog import WatchdogConfig, check_watchdog
 
 CONFIG_FILE = "config.yaml"
 LAUNCH = "launch"  # the launcher's own group, of no concern to ranks
@@ -54,6 +55,7 @@ class RunConfig:
     ema: EMAConfig = field(default_factory=EMAConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
 
 def check_run(config: RunConfig, *, num_ranks: int) -> None:
@@ -66,6 +68,7 @@ def check_run(config: RunConfig, *, num_ranks: int) -> None:
     check_ema(config.ema)
     check_evaluation(config.evaluation)
     check_logging(config.logging)
+    check_watchdog(config.watchdog)
     check_parallel(config.parallel)
     check_layout(layout_of(config, num_ranks=num_ranks))
     if not config.run_dir:

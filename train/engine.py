@@ -32,6 +32,7 @@ from model.attention import attend
 from model.init import first_experts, initial_value, initialise
 from model.moe import MoE
 from model.transformer import MicroBatch, Sums, Transformer
+from model.whereabouts import HERE
 from train.adamw import AdamW
 from train.config import RunConfig
 from train.deepspeed_config import deepspeed_config
@@ -157,8 +158,11 @@ class Engine:
 
         The shares of all ranks and micro-batches add up to the loss.
         """
-        self._sharding.backward(share_of_loss, is_last=is_last)
+        name = "backward and gradient reduction" if is_last else "backward"
+        with HERE.doing(name, is_collective=is_last):
+            self._sharding.backward(share_of_loss, is_last=is_last)
 
+    @HERE.doing("optimizer step")
     def step(self, lr: float) -> StepResult:
         """Clip and update, or skip the step if a gradient anywhere is not finite."""
         result = self._sharding.step(lr)

@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 
+from model.whereabouts import HERE
 from train.config import RunConfig
 from train.interrupt import Interrupt, on_stop_signal
 from train.outcome import Outcome, Status
@@ -27,12 +28,14 @@ def train(config: RunConfig, ranks: Ranks) -> Outcome:
         stack.enter_context(run.saver)
         batches = stack.enter_context(run.batches)
         journal = stack.enter_context(run.open_journal())
+        watchdog = stack.enter_context(run.watchdog)
         progress, schedule = run.progress, config.schedule
 
         while progress.step < schedule.steps:
             run.check_save(journal)
             size = batch_size(schedule, progress.step)
-            micro_batches, position = batches.take(progress.data, size)
+            with HERE.doing("data wait", is_collective=False):
+                micro_batches, position = batches.take(progress.data, size)
             over = count_denominators(micro_batches, config.model, ranks)
             if ranks.any(interrupt.is_requested):
                 run.save(journal, is_last=True)
@@ -45,6 +48,7 @@ def train(config: RunConfig, ranks: Ranks) -> Outcome:
             run.meters.count(size)
             if report.is_applied:
                 run.ema.update(run.engine.fragments(), updates=progress.updates)
+            watchdog.note_step(progress.step)
 
             if run.is_due(config.logging.every) or not report.is_applied:
                 journal.write(run.meters.read(report, progress, lr=lr))

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from jaxtyping import Int64
 from torch import Tensor
 
+from model.whereabouts import HERE
+
 T = TypeVar("T")
 
 
@@ -80,7 +82,8 @@ class Ranks:
         if self.control is None:
             return values
         tensor = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(tensor, group=self.control)
+        with HERE.doing("agreement on the host"):
+            dist.all_reduce(tensor, group=self.control)
         return tensor.tolist()
 
     def sum_replicas(self, values: list[int]) -> list[int]:
@@ -96,7 +99,8 @@ class Ranks:
         if self.control is None:
             return [value]
         values = [value] * self.count
-        dist.all_gather_object(values, value, group=self.control)
+        with HERE.doing("agreement on the host"):
+            dist.all_gather_object(values, value, group=self.control)
         return values
 
     def wait(self) -> None:

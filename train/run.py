@@ -16,6 +16,7 @@ from data.manifest import read_manifest
 from data.samples import open_samples
 from data.training_data import TrainingData
 from model.cost import count_parameters
+from model.whereabouts import HERE
 from train.agreement import check_agreement
 from train.checkpoint import Checkpoints, OnError, SaveError
 from train.code_version import code_version
@@ -33,6 +34,7 @@ from train.resume import Resumption, rng_fragment
 from train.saver import Saver
 from train.schedule import batch_size, learning_rate
 from train.snapshot import Snapshot
+from train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +92,7 @@ class Run:
         self._saved_step: int | None = self.progress.step  # or the one that is being saved
         self._stall_seconds = 0.0
         self._versions = code_version()
+        self.watchdog = Watchdog(config.watchdog, run_dir=self.run_dir, ranks=ranks)
         self._show_placement()
         self.check_agreement()
 
@@ -110,6 +113,7 @@ class Run:
         step = self.progress.step
         return step % every == 0 or step == self.config.schedule.steps
 
+    @HERE.doing("evaluation")
     def evaluate(self, journal: Journal) -> None:
         """Measure the validation split and write it down."""
         start = time.perf_counter()
@@ -126,6 +130,7 @@ class Run:
         self._evaluation = Measured(self.progress.step, evaluation.loss)
         self._write(journal, "evaluation", start, evaluation._asdict())
 
+    @HERE.doing("checkpoint")
     def save(self, journal: Journal, *, is_last: bool) -> None:
         """Write a checkpoint of this step, unless there is one; beside training if so configured.
 
@@ -262,3 +267,4 @@ class Run:
         seconds = time.perf_counter() - start
         journal.write({"event": event, "step": self.progress.step, **numbers, "seconds": seconds})
         self.meters.pause()
+        self.watchdog.note_pause()

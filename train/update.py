@@ -11,6 +11,7 @@ from data.batches import Batch
 from model.balance import step_bias
 from model.config import ModelConfig
 from model.transformer import Sums
+from model.whereabouts import HERE
 from train.engine import Engine
 from train.ranks import Ranks
 
@@ -74,8 +75,9 @@ def update(
     sums = engine.accumulate(batches, lambda sums: objective(sums, over, config))
     load, balance_losses = sums.load, (sums.balance_loss[None], sums.group_balance_losses)
     totals = torch.cat((sums.loss[None], *balance_losses, sums.mtp_loss))
-    dist.all_reduce(load)
-    dist.all_reduce(totals)
+    with HERE.doing("sum of counts and losses"):
+        dist.all_reduce(load)
+        dist.all_reduce(totals)
     result = engine.step(lr)
     if result.is_applied and config.moe is not None:
         move_biases(engine, load, speed=config.moe.router.bias_update_speed)

@@ -89,17 +89,22 @@ class Hosts:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write_files()
         _run("ip", "netns", "add", self._switch)
-        _run("ip", "-n", self._switch, *"link add br0 type bridge forward_delay 0".split())
-        _run("ip", "-n", self._switch, *"link set br0 up".split())
+        _run(
+            "ip",
+            "-n",
+            self._switch,
+            *["link", "add", "br0", "type", "bridge", "forward_delay", "0"],
+        )
+        _run("ip", "-n", self._switch, *["link", "set", "br0", "up"])
         for name in self.names:
             port = self._port(name)
             _run("ip", "netns", "add", name)
             peer = f"link add {port} type veth peer name eth0 netns {name}"
             _run("ip", "-n", self._switch, *peer.split())
             _run("ip", "-n", self._switch, *f"link set {port} master br0 up".split())
-            _run("ip", "-n", name, *"link set lo up".split())
+            _run("ip", "-n", name, *["link", "set", "lo", "up"])
             _run("ip", "-n", name, *f"addr add {self.address(name)}/24 dev eth0".split())
-            _run("ip", "-n", name, *"link set eth0 up".split())
+            _run("ip", "-n", name, *["link", "set", "eth0", "up"])
         for name in self.names:
             self.boot(name)
         return self
