@@ -43,6 +43,7 @@ class AgentLink:
     events: "Queue[Event]"
     hear: Callable[[str, str], None]  # host, line
     heard: float = field(default_factory=time.monotonic)  # when the node last said anything
+    has_spoken: bool = False
     has_ended: bool = False  # the agent has told the end of its ranks
 
     def __post_init__(self) -> None:
@@ -71,7 +72,7 @@ class AgentLink:
     def _listen(self) -> None:
         assert self.process.stdout is not None, "opened as a pipe"
         for line in self.process.stdout:
-            self.heard = time.monotonic()
+            self.heard, self.has_spoken = time.monotonic(), True
             event = _parse(line)
             if event is None:
                 self.hear(self.host, line)

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
-import torch
 
 log = logging.getLogger(__name__)
 
@@ -162,9 +161,16 @@ def rank_environment(
             "MASTER_ADDR": world.address,
             "MASTER_PORT": str(world.port),
         }
-    if not torch.cuda.is_available():
+    if not sees_gpus():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     return environment
+
+
+def sees_gpus() -> bool:
+    """Whether this process may use an NVIDIA GPU. (Asking torch would take seconds to import it.)"""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return False
+    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def module_environment() -> dict[str, str]:
@@ -186,7 +192,7 @@ def _module_path() -> list[str]:
 def _device_ids(count: int) -> list[str]:
     """The first visible devices, as numbers or UUIDs; on the CPU the launcher only counts them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if torch.cuda.is_available() and visible:
+    if sees_gpus() and visible:
         return visible.split(",")[:count]
     return [str(index) for index in range(count)]
 

@@ -48,8 +48,8 @@ def write_script(config: LaunchedRun) -> str:
         [
             "#!/bin/bash",
             "# Written by `thrifty launch`; may be edited and submitted again with sbatch: the run",
-            "# goes on from its newest checkpoint. USR1 comes before the time limit: the ranks save,",
-            "# and the job puts itself into the queue again.",
+            "# goes on from its newest checkpoint. USR1 comes before the time limit: the ranks",
+            "# save, and the job puts itself into the queue again.",
             *lines,
             "",
             *exports,

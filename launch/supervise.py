@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 WORD_SECONDS = 2.0  # between signs of life to the agents
+FIRST_WORD_SECONDS = 60.0  # that a node may take to start its Python
 END_SECONDS = 10.0  # that killed nodes get to report before their links are cut
 
 
@@ -222,7 +223,12 @@ def _find_lost(links: list[Link], limit: float) -> list[str]:
     """Hosts of which nothing has been heard for longer than `limit` seconds."""
     now = time.monotonic()
     agents = [link for link in links if isinstance(link, AgentLink)]
-    return [link.host for link in agents if not link.has_ended and now - link.heard > limit]
+    return [
+        link.host
+        for link in agents
+        if not link.has_ended
+        and now - link.heard > (limit if link.has_spoken else max(limit, FIRST_WORD_SECONDS))
+    ]
 
 
 def _end_all(links: list[Link]) -> None:
