@@ -190,13 +190,17 @@ def _judge_reach(findings: Findings, hosts: list[str], facts: list[Facts]) -> di
 
 def _judge_versions(findings: Findings, config: LaunchedRun, good: dict[str, Facts]) -> None:
     """Same Python, same packages, same code as most."""
-    for name in next(iter(good.values()), {"versions": {}})["versions"]:
-        _judge_same(
-            findings,
-            name,
-            {host: known["versions"][name] for host, known in good.items()},
-            f"install the same version of {name} on every node",
-        )
+    packages = [known["versions"] for known in good.values()]
+    for host, known in good.items():
+        odd = [
+            f"{name} {version} (others {common})"
+            for name, version in known["versions"].items()
+            if version != (common := Counter(each[name] for each in packages).most_common(1)[0][0])
+            or version == "missing"
+        ]
+        text = f"torch {known['versions']['torch']}"
+        way_out = "install the same versions on every node"
+        findings.add("packages", host, ", ".join(odd), text, way_out)
     pythons = {host: known["python"] for host, known in good.items()}
     _judge_same(findings, "Python", pythons, "use the same Python on every node (launch.python)")
     code = {host: known["code"] for host, known in good.items()}

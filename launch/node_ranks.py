@@ -167,7 +167,7 @@ def rank_environment(
 
 
 def sees_gpus() -> bool:
-    """Whether this process may use an NVIDIA GPU. (Asking torch would take seconds to import it.)"""
+    """Whether this process may use an NVIDIA GPU. (To ask torch takes seconds.)"""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
         return False
     return any(Path("/dev").glob("nvidia[0-9]*"))

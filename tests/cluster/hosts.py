@@ -1,8 +1,9 @@
 """Real hosts on one Linux machine: each has its own network, processes, mounts, name and sshd.
 
-The hosts hang on a bridge that lies in a namespace of its own, so that nothing shows in the machine's
-own network and no packet leaves it. All see the same file system, as a cluster with a shared one does;
-/run, /dev/shm and whatever `private` names are each host's own. Needs root, iproute2 and openssh-server.
+The hosts hang on a bridge that lies in a namespace of its own, so that nothing shows in the
+machine's own network and no packet leaves it. All see the same file system, as a cluster with a
+shared one does; /run, /dev/shm and whatever `private` names are each host's own. Needs root,
+iproute2 and openssh-server.
 """
 
 import os
