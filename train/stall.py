@@ -27,7 +27,7 @@ COMPUTING = "computing"
 
 
 @dataclass(slots=True, kw_only=True)
-class Testimony:
+class Statement:
     """One rank's own words: where it is and since when."""
 
     rank: int
@@ -60,10 +60,10 @@ class Explanation:
     lines: list[str]
 
 
-def testify(rank: int, *, with_stacks: bool) -> Testimony:
+def take_statement(rank: int, *, with_stacks: bool) -> Statement:
     """Where this process is; called from the watchdog's thread."""
     activity = HERE.innermost()
-    said = Testimony(
+    said = Statement(
         rank=rank,
         host=socket.gethostname(),
         pid=os.getpid(),
@@ -92,7 +92,7 @@ def read_stacks() -> dict[str, str]:
 
 
 def explain(
-    said: Mapping[int, Testimony], last_words: Mapping[int, Testimony], *, num_ranks: int
+    said: Mapping[int, Statement], last_words: Mapping[int, Statement], *, num_ranks: int
 ) -> Explanation:
     """Whom the others wait for, from what each rank that can speak says.
 
@@ -132,8 +132,8 @@ def explain(
 
 
 def _summarise(
-    said: Mapping[int, Testimony],
-    last_words: Mapping[int, Testimony],
+    said: Mapping[int, Statement],
+    last_words: Mapping[int, Statement],
     missing: list[int],
     waiting: list[int],
     why: str,
@@ -168,25 +168,25 @@ def stall_folder(run_dir: Path, *, attempt: int) -> Path:
     return run_dir / FOLDER / f"start-{attempt:04}"
 
 
-def write_testimony(folder: Path, words: Testimony) -> None:
+def write_statement(folder: Path, words: Statement) -> None:
     """One rank's file; a full disk or a lost file system is no reason to fail."""
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"rank-{words.rank:05}.json", asdict(words))
 
 
-def read_testimonies(folder: Path) -> dict[int, Testimony]:
+def read_statements(folder: Path) -> dict[int, Statement]:
     """All ranks' files there, by rank; one that is cut short is left out."""
     found = {}
     for path in folder.glob("rank-*.json"):
         with suppress(OSError, ValueError, TypeError, KeyError):
-            words = Testimony(**_read_object(path))
+            words = Statement(**_read_object(path))
             found[words.rank] = words
     return found
 
 
 def write_explanation(
-    folder: Path, explanation: Explanation, said: Mapping[int, Testimony]
+    folder: Path, explanation: Explanation, said: Mapping[int, Statement]
 ) -> None:
     """For programs and for people, stacks included."""
     text = [f"# {explanation.summary}", "", *(f"- {line}" for line in explanation.lines)]

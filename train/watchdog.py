@@ -20,11 +20,11 @@ from train.ranks import Ranks
 from train.stall import (
     HEARTBEATS,
     explain,
-    read_testimonies,
+    read_statements,
     stall_folder,
-    testify,
+    take_statement,
     write_explanation,
-    write_testimony,
+    write_statement,
 )
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class Watchdog:
     def _watch(self) -> None:
         heartbeats = self.run_dir / HEARTBEATS
         while not self._is_over.wait(self.config.heartbeat_seconds):
-            write_testimony(heartbeats, testify(self.ranks.rank, with_stacks=False))
+            write_statement(heartbeats, take_statement(self.ranks.rank, with_stacks=False))
             if time.monotonic() - self._last_step > self.limit():
                 self._explain()
                 os._exit(ExitCode.STALLED)  # the training thread can't be woken
@@ -115,14 +115,14 @@ class Watchdog:
     def _explain(self) -> None:
         """Say where this rank is; the first of those that speak says what it comes to."""
         folder = stall_folder(self.run_dir, attempt=self.attempt)
-        write_testimony(folder, testify(self.ranks.rank, with_stacks=True))
+        write_statement(folder, take_statement(self.ranks.rank, with_stacks=True))
         deadline = time.monotonic() + self.config.gather_seconds
-        said = read_testimonies(folder)
+        said = read_statements(folder)
         while len(said) < self.ranks.count and time.monotonic() < deadline:
             time.sleep(0.2)
-            said = read_testimonies(folder)
+            said = read_statements(folder)
         if self.ranks.rank == min(said, default=self.ranks.rank):
-            last_words = read_testimonies(self.run_dir / HEARTBEATS)
+            last_words = read_statements(self.run_dir / HEARTBEATS)
             explanation = explain(said, last_words, num_ranks=self.ranks.count)
             write_explanation(folder, explanation, said)
             log.error("no step has ended for %.0f s: %s", self.limit(), explanation.summary)

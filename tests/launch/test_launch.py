@@ -1,0 +1,161 @@
+"""`thrifty launch` on this machine: kept alive, told, and shown beforehand."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch.network import rounds
+from launch.order import passed_environment
+from launch.rank import name_rank
+from launch.slurm import write_script
+from launch.supervision import SupervisionConfig, backoff
+from launch.timeline import read_timeline
+from tests.command import compose, start, thrifty
+from tests.launch.test_train import SECONDS, find_ranks, num_steps, wait_until
+
+SLURM = ["launch=slurm", "launch.nodes=2", "launch.processes=4", "parallel.expert=2"]
+
+
+def test_a_killed_run_is_started_again_and_ends_as_if_nothing_had_happened(
+    smoke: list[str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    settings = ["schedule.steps=120", "checkpoint.every=20", "evaluation.every=120"]
+    process = start(
+        *("launch", *smoke, *settings, f"run_dir={run_dir}"),
+        *("launch.doctor.enabled=false", "launch.supervision.backoff_seconds=0.1"),
+        cwd=tmp_path,
+    )
+    wait_until(lambda: num_steps(run_dir) >= 30 or process.poll() is not None)
+    find_ranks(run_dir)[0].send_signal(signal.SIGKILL)
+    output, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, output
+    events = [moment.event for moment in read_timeline(run_dir)]
+    assert events == ["started", "failed", "restarting", "started", "finished"]
+    assert "was killed by SIGKILL" in output
+    code, output = thrifty("status", str(run_dir), cwd=tmp_path)
+    assert code == 0
+    assert "state       finished" in output
+    assert "start 2" in output
+
+    undisturbed = tmp_path / "undisturbed"
+    code, output = thrifty("train", *smoke, *settings, f"run_dir={undisturbed}", cwd=tmp_path)
+    assert code == 0, output
+    assert losses(run_dir) == losses(undisturbed)
+
+
+def losses(run_dir: Path) -> list[float]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return [record["loss"] for record in records if record["event"] == "step"]
+
+
+def test_a_mistake_that_would_recur_is_not_tried_again(smoke: list[str], tmp_path: Path) -> None:
+    code, output = thrifty(
+        *("launch", *smoke, f"run_dir={tmp_path / 'run'}", "launch.doctor.enabled=false"),
+        "model.vocab_size=300",
+        cwd=tmp_path,
+    )
+    assert code == 1, output
+    assert "model.vocab_size=300 is smaller" in output
+    assert output.count("  started ") == 1
+
+
+def test_train_refuses_nodes_that_it_does_not_start(tmp_path: Path) -> None:
+    code, output = thrifty(
+        "train", "experiment=smoke", "launch=ssh", "launch.hosts=[a]", cwd=tmp_path
+    )
+    assert code == 2, output
+    assert "use thrifty launch" in output
+
+
+def test_a_dry_run_shows_commands_without_secrets_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "verysecret")
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    code, output = thrifty(
+        *("launch", "experiment=smoke", "launch=ssh", "launch.hosts=[node1,node2,node3]"),
+        *("launch.nodes=2", f"run_dir={tmp_path / 'run'}", "--dry-run"),
+        cwd=tmp_path,
+    )
+    assert code == 0, output
+    assert output.count("ssh -o") == 2
+    assert "spares: node3" in output
+    assert "verysecret" not in output
+    assert '"NCCL_DEBUG": "WARN"' in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_launch_help_lists_every_way_and_key(tmp_path: Path) -> None:
+    code, output = thrifty("launch", "--help", cwd=tmp_path)
+    assert code == 0
+    for word in ("launch=ssh", "launch=slurm", "launch.supervision.max_restarts", "--dry-run"):
+        assert word in output
+
+
+def test_the_batch_script_is_shell_and_holds_what_was_asked_for(tmp_path: Path) -> None:
+    run_dir = tmp_path / "a run; $(touch x)"
+    config = compose(
+        *("experiment=smoke", *SLURM, "launch.time=1-00:00:00", "launch.options=[--mem=0]"),
+        *("schedule.batch_size=16", f"run_dir='{run_dir}'", "launch.supervision.min_nodes=1"),
+    )
+    script = write_script(config)
+    for line in ("--nodes=1-2", "--ntasks-per-node=4", "--time=1-00:00:00", "--mem=0"):
+        assert f"#SBATCH {line}\n" in script
+    assert "#SBATCH --signal=B:USR1@120\n" in script
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    command = shlex.split(script.splitlines()[-1])
+    assert command[0] == "exec"
+    assert command[-1] == str(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("launch.partition='a b'", "launch.partition='a b' must be one word"),
+        ("launch.options=[mem=0]", "'mem=0' is no option of sbatch"),
+        ("launch.save_seconds=0", "launch.save_seconds=0 must be at least 1"),
+    ],
+)
+def test_what_slurm_would_misread_is_refused(
+    setting: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        compose("experiment=smoke", *SLURM, "schedule.batch_size=16", setting)
+    assert message in capsys.readouterr().err
+
+
+def test_waits_double_up_to_their_limit() -> None:
+    rules = SupervisionConfig(backoff_seconds=5, max_backoff_seconds=30)
+    assert [backoff(rules, failures) for failures in range(1, 6)] == [5, 10, 20, 30, 30]
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 4, 5, 8])
+def test_every_pair_of_nodes_is_measured_once_and_none_twice_at_a_time(nodes: int) -> None:
+    seen = []
+    for pairs in rounds(nodes):
+        busy = [node for pair in pairs for node in pair]
+        assert len(busy) == len(set(busy))
+        seen += pairs
+    assert sorted(seen) == [(a, b) for a in range(nodes) for b in range(a + 1, nodes)]
+
+
+def test_ranks_know_their_number_from_whoever_started_them() -> None:
+    slurm = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
+    assert name_rank(slurm) == {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+    mpi = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4"}
+    assert name_rank({**slurm, **mpi}) == {"RANK": "2", "WORLD_SIZE": "4"}
+    assert name_rank({**slurm, "RANK": "0"}) == {}
+    assert name_rank({"PATH": "/bin"}) == {}
+
+
+def test_only_what_concerns_ranks_travels_to_other_nodes() -> None:
+    given = {"NCCL_DEBUG": "INFO", "WANDB_API_KEY": "k", "SSH_AUTH_SOCK": "/x", "AWS_SECRET": "y"}
+    assert passed_environment(given) == {"NCCL_DEBUG": "INFO", "WANDB_API_KEY": "k"}
+    assert os.environ.get("PATH")

@@ -1,0 +1,75 @@
+"""A rank that waits for nobody's coming says so and ends; one that works is left alone."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from model.whereabouts import HERE
+from tests.ranks import run_ranks
+from train.ranks import alone, connect
+from train.stall import read_explanation
+from train.watchdog import Watchdog, WatchdogConfig, check_watchdog
+
+QUICK = WatchdogConfig(
+    factor=2.0, min_seconds=1.0, max_pause_seconds=60.0, heartbeat_seconds=0.2, gather_seconds=2.0
+)
+
+
+def take_steps(watchdog: Watchdog) -> None:
+    for step in range(1, 4):
+        time.sleep(0.01)
+        watchdog.note_step(step)
+
+
+def test_a_stopped_rank_is_named_by_the_one_that_waits_for_it(tmp_path: Path) -> None:
+    def train() -> None:
+        ranks = connect(timeout_minutes=1)
+        with Watchdog(QUICK, run_dir=tmp_path, ranks=ranks) as watchdog:
+            take_steps(watchdog)
+            time.sleep(0.5)  # heartbeats
+            if ranks.rank == 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            with HERE.doing("dispatch", "layers.1.ffn", sent=[1, 2]):
+                dist.barrier()
+
+    with pytest.raises(AssertionError, match=r"exit codes of the ranks: \[76, -9\]"):
+        run_ranks(2, train, seconds=12)
+    found = read_explanation(tmp_path, attempt=0)
+    assert found is not None
+    assert found.missing == [1]
+    assert "rank 0 waits in dispatch of layers.1.ffn, step 4" in found.summary
+    text = (tmp_path / "stalls" / "start-0000" / "explanation.md").read_text()
+    assert "dist.barrier()" in text, "the stack shows where it waits"
+    assert "sent [1, 2]" in text
+
+
+def test_a_rank_that_takes_steps_is_left_alone(tmp_path: Path) -> None:
+    with Watchdog(QUICK, run_dir=tmp_path, ranks=alone()) as watchdog:
+        for step in range(1, 8):
+            time.sleep(0.2)
+            watchdog.note_step(step)
+    assert not (tmp_path / "stalls").exists()
+
+
+def test_a_step_may_take_a_multiple_of_the_usual_but_a_checkpoint_its_own_time(
+    tmp_path: Path,
+) -> None:
+    config = WatchdogConfig(factor=10.0, min_seconds=0.1, max_pause_seconds=500.0)
+    watchdog = Watchdog(config, run_dir=tmp_path, ranks=alone())
+    assert watchdog.limit() == 500.0, "nothing is known before the first step"
+    for step in range(3):
+        time.sleep(0.05)
+        watchdog.note_step(step)
+    assert 0.5 <= watchdog.limit() < 5.0
+    with HERE.doing("checkpoint"), HERE.doing("agreement on the host"):
+        assert watchdog.limit() == 500.0
+
+
+def test_factors_that_would_end_healthy_runs_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"watchdog\.factor=1\.5 would end healthy runs"):
+        check_watchdog(WatchdogConfig(factor=1.5))
+    check_watchdog(WatchdogConfig(factor=0))
