@@ -9,7 +9,7 @@ export NO_MKDOCS_2_WARNING := 1
 TORCH := torch==2.13.0
 HAS_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 
-.PHONY: help install demo test test-all check docs bench gpu-check
+.PHONY: help install demo test test-all test-cluster cluster-tools check docs bench gpu-check
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -36,6 +36,14 @@ ifdef INSTALLED
 	$(PYTHON) -m pip install --quiet --no-build-isolation -e '.[harness]'
 endif
 	$(PYTHON) -m pytest -q -m 'not gpu and not cluster'
+
+test-cluster: $(INSTALLED) ## launches on real hosts and a real Slurm, made for the tests (root)
+	$(PYTHON) -m pytest -q -m cluster tests/cluster
+
+cluster-tools: ## Debian's packages that test-cluster needs
+	apt-get update -qq
+	apt-get install -y -qq --no-install-recommends openssh-server openssh-client iproute2 pdsh \
+	  slurmctld slurmd slurm-client munge openmpi-bin
 
 check: $(INSTALLED) ## format, lint, types, docs
 	$(PYTHON) -m ruff format --check .
