@@ -4,6 +4,7 @@ Every wait for other ranks, for data or for a disk is entered here by name; the 
 (`train/watchdog.py`) reads it from its own thread. An entry costs about a microsecond.
 """
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,12 +27,16 @@ class Whereabouts:
         self.step = 0
         self._stack: list[Activity] = []
         self._number = 0
+        self._aside = threading.local()
 
     @contextmanager
     def doing(
         self, name: str, place: str = "", *, is_collective: bool = True, **detail: Any
     ) -> Iterator[None]:
         """While entered, this is where the process is."""
+        if getattr(self._aside, "is_set", False):
+            yield
+            return
         self._number += is_collective
         entry = Activity(name, place, is_collective, self._number, detail, time.monotonic())
         self._stack.append(entry)
@@ -39,6 +44,10 @@ class Whereabouts:
             yield
         finally:
             self._stack.remove(entry)
+
+    def leave_out_this_thread(self) -> None:
+        """What the calling thread does beside training holds nothing up."""
+        self._aside.is_set = True
 
     @property
     def number(self) -> int:

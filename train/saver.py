@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from model.whereabouts import HERE
 from train.checkpoint import Checkpoints, Written
 from train.manifest import Fragment
 from train.ranks import Ranks
@@ -98,6 +99,8 @@ class _Save(threading.Thread):
         self._error: BaseException | None = None
 
     def run(self) -> None:
+        if self.ident == threading.get_ident():
+            HERE.leave_out_this_thread()
         try:
             self._saved = self._write()
         except BaseException as error:
