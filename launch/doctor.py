@@ -20,6 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from data.config import DataConfig, MixtureData
 from launch.begin import settle
 from launch.compose import Job, run_jobs, worst
 from launch.config import HostsLaunch, LaunchedRun, LocalLaunch
@@ -88,7 +89,7 @@ def examine(config: LaunchedRun) -> Findings:
     run_dir = Path(config.run_dir).absolute()
     common = {
         "run_dir": str(run_dir),
-        "corpus": config.data.folder,
+        "corpora": find_corpora(config.data),
         "interface": getattr(launch, "interface", None),
         "nonce": nonce,
     }
@@ -134,6 +135,13 @@ def report(findings: Findings) -> None:
                 soft_wrap=True,
                 highlight=False,
             )
+
+
+def find_corpora(data: DataConfig) -> list[str]:
+    """The folders that every node reads."""
+    if isinstance(data, MixtureData):
+        return [source.folder for source in data.sources]
+    return [data.folder]
 
 
 def _cell(finding: Finding | None) -> str:
@@ -205,7 +213,7 @@ def _judge_versions(findings: Findings, config: LaunchedRun, good: dict[str, Fac
     _judge_same(findings, "Python", pythons, "use the same Python on every node (launch.python)")
     code = {host: known["code"] for host, known in good.items()}
     _judge_same(findings, "our code", code, "install the same commit of thrifty on every node")
-    corpora = {host: known["corpus"] or "missing" for host, known in good.items()}
+    corpora = {host: known["corpora"] for host, known in good.items()}
     _judge_same(
         findings, "corpus", corpora, f"put the prepared corpus into {config.data.folder} there"
     )

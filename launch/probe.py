@@ -1,6 +1,6 @@
 """`python -m launch.probe`: what a node is and has, as one line of JSON.
 
-Standard input holds the questions as JSON: `run_dir`, `corpus`, `first` (the first node's address;
+Standard input holds the questions as JSON: `run_dir`, `corpora`, `first` (the first node's address;
 empty on the first node), `interface`, `port`, `nonce` and `node`.
 """
 
@@ -48,7 +48,7 @@ def probe(asked: dict[str, Any]) -> dict[str, Any]:
         "shared_memory": _free(SHARED_MEMORY),
         "interface": _interface(asked),
         "port": _try_port(asked["port"]),
-        "corpus": _hash_file(Path(asked["corpus"]) / "manifest.json"),
+        "corpora": _hash_corpora(asked["corpora"]),
         "written": written,
     }
 
@@ -130,11 +130,15 @@ def _try_port(port: int | None) -> str:
     return ""
 
 
-def _hash_file(path: Path) -> str | None:
+def _hash_corpora(folders: list[str]) -> str:
+    """One digest of all corpora's manifests; `missing` where one can't be read."""
+    digest = hashlib.sha256()
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        for folder in folders:
+            digest.update((Path(folder) / "manifest.json").read_bytes())
     except OSError:
-        return None
+        return "missing"
+    return digest.hexdigest()[:12]
 
 
 def _existing(path: Path) -> Path:

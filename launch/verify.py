@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.compose import Job, run_jobs, to_config, worst
-from launch.config import LaunchedRun, check_launched
+from launch.config import LaunchedRun, LocalLaunch, check_launched
 from launch.local import run_ranks
 from launch.run_folder import apply_overrides
 from launch.verify_table import draw_differences
@@ -77,14 +77,15 @@ def verify_job(job: Job) -> ExitCode:
 
 def settle(given: VerifiedRun) -> VerifiedRun:
     """The config that is verified: shrunk unless it is to be left as it is, in fp32."""
-    parallel, num_ranks = given.parallel, given.launch.processes
+    parallel, num_ranks = given.parallel, given.launch.num_ranks
     config = replace(given, precision=PrecisionConfig(dtype=Dtype.fp32), init_from=None)
     if not given.verify.full:
-        parallel, num_ranks = shrink_ranks(given.parallel, given.launch.processes)
-        config = replace(
-            config, parallel=parallel, launch=replace(given.launch, processes=num_ranks)
-        )
-        config = shrink(config, num_ranks=given.launch.processes, new_num_ranks=num_ranks)
+        parallel, num_ranks = shrink_ranks(given.parallel, given.launch.num_ranks)
+        config = replace(config, parallel=parallel)
+        config = shrink(config, num_ranks=given.launch.num_ranks, new_num_ranks=num_ranks)
+    # All ranks run here, wherever the run itself goes.
+    threads = given.launch.threads_per_process
+    config.launch = LocalLaunch(processes=num_ranks, threads_per_process=threads)
     check_run(config, num_ranks=num_ranks)
     return config
 

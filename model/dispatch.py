@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from model.chunks import split_into_chunks
 from model.recompute import rebuild
+from model.whereabouts import HERE
 
 
 class Chunk(NamedTuple):
@@ -56,6 +57,7 @@ class Dispatcher:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.num_ranks = 1 if group is None else dist.get_world_size(group)
         self.limit = limit
+        self.place = ""  # the layer's name, for whoever asks where a rank waits
 
     def plan(self, expert_ids: Int64[Tensor, "T K"]) -> Plan:
         """Every rank learns all counts, so all agree on the chunks without a further message."""
@@ -78,7 +80,9 @@ class Dispatcher:
         """A chunk's rows from all ranks, sorted by this rank's experts."""
         if self.group is None:
             return Arrived(rows, None)
-        arrived: Tensor = _Exchange.apply(rows, chunk.sent, chunk.received, self.group)
+        arrived: Tensor = _Exchange.apply(
+            rows, chunk.sent, chunk.received, self.group, ("dispatch", self.place)
+        )
         places = swap_runs(chunk.runs, total=sum(chunk.received))
         return Arrived(_Reorder.apply(arrived, places), places)
 
@@ -89,14 +93,17 @@ class Dispatcher:
         if places is None:
             return outputs
         by_rank = _Reorder.apply(outputs, invert(places))
-        returned: Tensor = _Exchange.apply(by_rank, chunk.received, chunk.sent, self.group)
+        returned: Tensor = _Exchange.apply(
+            by_rank, chunk.received, chunk.sent, self.group, ("combine", self.place)
+        )
         return returned
 
     def _gather(self, counts: Int64[Tensor, " E"]) -> Int64[Tensor, "P E"]:
         if self.group is None:
             return counts[None]
         of_ranks = counts.new_empty(self.num_ranks, self.num_experts)
-        dist.all_gather(list(of_ranks), counts, group=self.group)
+        with HERE.doing("exchange of counts", self.place):
+            dist.all_gather(list(of_ranks), counts, group=self.group)
         return of_ranks
 
 
@@ -203,15 +210,24 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+        ctx: Any,
+        rows: Tensor,
+        sent: list[int],
+        received: list[int],
+        group: dist.ProcessGroup,
+        name: tuple[str, str],
     ) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _exchange(rows, sent, received, group)
+        ctx.sent, ctx.received, ctx.group, ctx.name = sent, received, group, name
+        with HERE.doing(*name, sent=sent, received=received):
+            return _exchange(rows, sent, received, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(grad, ctx.received, ctx.sent, ctx.group), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        name, place = ctx.name
+        with HERE.doing(f"{name}, backward", place, sent=ctx.received, received=ctx.sent):
+            arrived = _exchange(grad, ctx.received, ctx.sent, ctx.group)
+        return arrived, None, None, None, None
 
 
 def _exchange(

@@ -119,6 +119,9 @@ class Transformer(nn.Module):
             MTP(config, expert_group=expert_group, sequences=sequences)
             for _ in range(config.mtp.depth if has_end else 0)
         )
+        for name, module in self.named_modules():
+            if isinstance(module, MoE):
+                module.dispatcher.place = name
 
     def forward(
         self,

@@ -133,7 +133,8 @@ class Engine:
         micro-batches add up to the loss whose gradients are left.
         """
         if self._pipeline is not None:
-            return self._pipeline.run([self._take(batch) for batch in batches], share_of)
+            with HERE.doing("pipeline schedule"):
+                return self._pipeline.run([self._take(batch) for batch in batches], share_of)
         total: Sums | None = None
         for i, batch in enumerate(batches):
             sums = self.forward(batch)

@@ -102,7 +102,7 @@ def test_launch_help_lists_every_way_and_key(tmp_path: Path) -> None:
 def test_the_batch_script_is_shell_and_holds_what_was_asked_for(tmp_path: Path) -> None:
     run_dir = tmp_path / "a run; $(touch x)"
     config = compose(
-        *("experiment=smoke", *SLURM, "launch.time=1-00:00:00", "launch.options=[--mem=0]"),
+        *("experiment=smoke", *SLURM, "launch.time=1-00:00:00", "launch.options=['--mem=0']"),
         *("schedule.batch_size=16", f"run_dir='{run_dir}'", "launch.supervision.min_nodes=1"),
     )
     script = write_script(config)

@@ -29,7 +29,7 @@ REFUSED = [
         "model.moe.num_experts=16 is not divisible by parallel.expert=3",
     ),
     (["launch.processes=0"], "launch.processes=0 must be at least 1"),
-    (["launch.kind=slurm"], "launch.kind=slurm does not exist; choose local"),
+    (["launch.kind=slurm"], "launch.kind=slurm can't be set by itself; choose launch=NAME"),
 ]
 
 
