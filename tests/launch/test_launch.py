@@ -119,7 +119,7 @@ def test_the_batch_script_is_shell_and_holds_what_was_asked_for(tmp_path: Path) 
     ("setting", "message"),
     [
         ("launch.partition='a b'", "launch.partition='a b' must be one word"),
-        ("launch.options=[mem=0]", "'mem=0' is no option of sbatch"),
+        ("launch.options=['mem=0']", "'mem=0' is no option of sbatch"),
         ("launch.save_seconds=0", "launch.save_seconds=0 must be at least 1"),
     ],
 )
