@@ -26,9 +26,9 @@ SETTINGS = [
     "checkpoint.keep=3",
     "evaluation.every=300",
     "launch.supervision.backoff_seconds=0.2",
-    "launch.supervision.lost_after_seconds=8",
+    "launch.supervision.lost_after_seconds=12",
     "launch.doctor.bandwidth=false",
-    "watchdog.min_seconds=6",
+    "watchdog.min_seconds=12",
     "watchdog.heartbeat_seconds=1",
     "watchdog.gather_seconds=3",
 ]
