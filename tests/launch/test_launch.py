@@ -13,6 +13,7 @@ from launch.network import rounds
 from launch.order import passed_environment
 from launch.rank import name_rank
 from launch.slurm import write_script
+from launch.status import describe
 from launch.supervision import SupervisionConfig, backoff
 from launch.timeline import read_timeline
 from tests.command import compose, start, thrifty
@@ -38,10 +39,9 @@ def test_a_killed_run_is_started_again_and_ends_as_if_nothing_had_happened(
     events = [moment.event for moment in read_timeline(run_dir)]
     assert events == ["started", "failed", "restarting", "started", "finished"]
     assert "was killed by SIGKILL" in output
-    code, output = thrifty("status", str(run_dir), cwd=tmp_path)
-    assert code == 0
-    assert "state       finished" in output
-    assert "start 2" in output
+    status = describe(run_dir)
+    assert "state       finished" in status
+    assert "start 2" in status
 
     undisturbed = tmp_path / "undisturbed"
     code, output = thrifty("train", *smoke, *settings, f"run_dir={undisturbed}", cwd=tmp_path)
@@ -55,6 +55,7 @@ def losses(run_dir: Path) -> list[float]:
     return [record["loss"] for record in records if record["event"] == "step"]
 
 
+@pytest.mark.slow
 def test_a_mistake_that_would_recur_is_not_tried_again(smoke: list[str], tmp_path: Path) -> None:
     code, output = thrifty(
         *("launch", *smoke, f"run_dir={tmp_path / 'run'}", "launch.doctor.enabled=false"),

@@ -14,9 +14,8 @@ from train.moments import Moments
 from train.optimizer import OptimizerConfig
 
 
-@pytest.mark.parametrize(
-    "moments", [Moments.bf16, pytest.param(Moments.int8, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("moments", [Moments.bf16, Moments.int8])
 def test_thirty_small_steps_end_within_a_percent_of_fp32_moments(
     tmp_path: Path, moments: Moments
 ) -> None:

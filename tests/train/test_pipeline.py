@@ -86,9 +86,8 @@ def test_a_run_continues_from_one_rank_to_stages_to_parts_of_sequences(
     assert_same_records(got, expected)
 
 
-@pytest.mark.parametrize(
-    "schedule", [ONE_F_ONE_B, pytest.param(PipelineSchedule.zbv, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", [ONE_F_ONE_B, PipelineSchedule.zbv])
 def test_bf16_stages_accumulate_in_fp32_as_one_rank_does(
     tmp_path: Path, schedule: PipelineSchedule
 ) -> None:

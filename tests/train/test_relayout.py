@@ -87,7 +87,7 @@ MORE_WAYS = [(ALL[i], ALL[(i + gap) % len(ALL)]) for i in range(len(ALL)) for ga
     ("writer", "reader", "dtype"),
     [
         *((*way, Dtype.fp32) for way in WAYS),
-        (*WAYS[0], Dtype.bf16),
+        pytest.param(*WAYS[0], Dtype.bf16, marks=pytest.mark.slow),
         *(
             pytest.param(*way, dtype, marks=pytest.mark.slow)
             for way in MORE_WAYS
