@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 
 from data.prepare import prepare
-from launch.config import LaunchedRun
+from launch.config import LaunchedRun, LocalLaunch
 from launch.grow import main
 from launch.run_folder import prepare_folder
 from tests.ranks import run_ranks
@@ -39,8 +39,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> LaunchedRun:
     """Two ranks, EP 2, two steps, with an average of the weights."""
     parallel = ParallelConfig(expert=2, micro_batch_size=4)
     tiny = tiny_run(tmp_path_factory.mktemp("source"), parallel=parallel)
-    config = LaunchedRun(**{f.name: getattr(tiny, f.name) for f in fields(tiny)})
-    config.launch.processes = 2
+    values = {f.name: getattr(tiny, f.name) for f in fields(tiny)}
+    config = LaunchedRun(**values, launch=LocalLaunch(processes=2))
     config.schedule.steps = 2
     config.ema.decay = 0.9
     prepare(config.data)
