@@ -177,7 +177,8 @@ class Hosts:
         for pid in _run("ip", "netns", "pids", name).split():
             with suppress(OSError):
                 line = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                if all(word.encode() in line for word in words):
+                is_entrance = line[0] == b"nsenter"  # the half outside of what `command` starts
+                if not is_entrance and all(word.encode() in line for word in words):
                     found.append(int(pid))
         return found
 

@@ -138,9 +138,12 @@ def test_without_a_spare_the_run_goes_on_with_fewer_nodes(
     assert code == 0, output
     losses = read_losses(run_dir)
     assert losses.keys() == undisturbed.keys()
-    for step, loss in losses.items():
-        assert loss == pytest.approx(undisturbed[step], rel=1e-5)
-    assert moments(run_dir, "started")[-1].hosts == ["th1"]
+    last = moments(run_dir, "started")[-1]
+    assert last.hosts == ["th1"]
+    # Other sums round otherwise; a choice of experts that flips for that is seen much later.
+    resumed = int(last.text.rsplit(" ", 1)[1])
+    for step in range(1, resumed + 21):
+        assert losses[step] == pytest.approx(undisturbed[step], rel=1e-5)
     assert find_leftovers(hosts, run_dir) == []
 
 
