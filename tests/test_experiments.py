@@ -23,6 +23,7 @@ OPTIONS = sorted(
 CHOSEN = {
     "data=files": ["data.paths=[a.txt]"],
     "data=hub": ["data.name=a/b"],
+    **{f"launch={kind}": ["launch.hosts=[node1]"] for kind in ("ssh", "pdsh", "openmpi")},
     "data=mixture": ["data.sources=[{name: a, folder: b, weight: 1}]"],
 }
 # Experiments that continue another run.
