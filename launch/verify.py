@@ -23,10 +23,12 @@ from train.config import (
     write_config,
 )
 from train.config_diff import diff_values
+from train.moments import Moments
+from train.optimizer import MuonConfig
 from train.outcome import ExitCode, Outcome, Status
 from train.precision import Dtype, PrecisionConfig
 from train.verify.compare import Comparison, compare
-from train.verify.config import ObservedRun, VerifyConfig, check_verify
+from train.verify.config import ObservedRun, VerifyConfig, check_verify, moment_tolerance
 from train.verify.diagnosis import diagnose
 from train.verify.observation import read_observations
 from train.verify.rank import OBSERVED_FILE, REFERENCE_FILE, layout_path
@@ -76,9 +78,13 @@ def verify_job(job: Job) -> ExitCode:
 
 
 def settle(given: VerifiedRun) -> VerifiedRun:
-    """The config that is verified: shrunk unless it is to be left as it is, in fp32."""
+    """The config that is verified: in fp32, and shrunk unless it is to be left as it is."""
     parallel, num_ranks = given.parallel, given.launch.num_ranks
     config = replace(given, precision=PrecisionConfig(dtype=Dtype.fp32), init_from=None)
+    if given.optimizer.moments is Moments.int8:
+        config.optimizer = replace(config.optimizer, moments=Moments.fp32)
+    if isinstance(config.optimizer, MuonConfig):
+        config.optimizer = replace(config.optimizer, iterate_in=Dtype.fp32)
     if not given.verify.full:
         parallel, num_ranks = shrink_ranks(given.parallel, given.launch.num_ranks)
         config = replace(config, parallel=parallel)
@@ -102,7 +108,13 @@ def read_comparison(folder: Path, config: VerifiedRun) -> Comparison:
     """What both observed, compared."""
     reference = read_observations([folder / REFERENCE_FILE])
     paths = [layout_path(folder, rank) for rank in range(config.launch.processes)]
-    return compare(reference, read_observations(paths), tolerance=config.verify.tolerance)
+    tolerance = config.verify.tolerance
+    return compare(
+        reference,
+        read_observations(paths),
+        tolerance=tolerance,
+        moment_tolerance=moment_tolerance(tolerance, config.optimizer.moments),
+    )
 
 
 def judge(comparison: Comparison, config: VerifiedRun, *, seconds: float) -> ExitCode:

@@ -4,6 +4,7 @@ Each takes two steps on a batch with documents and padding, in fp32, and is comp
 PyTorch: states, losses, gradients, norm, moments, weights to 1e-5, counts and biases exactly.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,46 +12,88 @@ import pytest
 
 from model.config import ModelConfig, MTPConfig
 from model.mla import MLAConfig
+from model.moe import MoEConfig
+from model.recompute import Recompute
+from model.router import RouterConfig
 from tests.train.tiny import tiny_model, tiny_run
 from tests.train.verification import verify
-from train.parallel import ZERO_STAGES, ParallelConfig, Recompute
+from train.moments import Moments
+from train.optimizer import MuonConfig, OptimizerConfig
+from train.parallel import ZERO_STAGES, Offload, ParallelConfig, PipelineSchedule
+from train.precision import Dtype
 
 BATCH_SIZE = 8
 FULL = {"recompute": Recompute.full}
 SELECTIVE = {"recompute": Recompute.selective}
+OFFLOAD = {"offload_optimizer": Offload.cpu}
+CHUNKS = {"chunk": 10}  # rows; about a third of what a rank receives
+BF16_MOMENTS = {"optimizer": OptimizerConfig(moments=Moments.bf16)}
+MUON = {"optimizer": MuonConfig(iterate_in=Dtype.fp32)}
 
-Layout = dict[str, Any]  # fields of ParallelConfig, and `accumulation`
+# Fields of ParallelConfig, `accumulation` (1), `chunk` (none) and `optimizer` (AdamW).
+Layout = dict[str, Any]
 
 FEW: list[tuple[int, Layout]] = [
     (1, {"zero_stage": 0, "accumulation": 4, **FULL}),
     (1, {"zero_stage": 3, **SELECTIVE}),
-    (2, {"zero_stage": 1, "accumulation": 2}),
-    (2, {"zero_stage": 0, "expert": 2, "accumulation": 2}),
-    (2, {"zero_stage": 2, "expert": 2, "accumulation": 2, **FULL}),
+    (2, {"zero_stage": 1, "accumulation": 2, **CHUNKS}),
+    (2, {"zero_stage": 0, "expert": 2, "accumulation": 2, **MUON}),
+    (2, {"zero_stage": 2, "expert": 2, "accumulation": 2, **OFFLOAD, **FULL}),
     (2, {"zero_stage": 3, "expert": 2, **FULL}),
     (2, {"zero_stage": 1, "expert": 2, "sequence": 2, "accumulation": 2, **SELECTIVE}),
-    (4, {"zero_stage": 1, "expert": 2}),
+    (2, {"pipeline": 2, "pipeline_schedule": PipelineSchedule.dualpipev, "accumulation": 4}),
+    (4, {"zero_stage": 1, "expert": 2, **BF16_MOMENTS}),
     (4, {"zero_stage": 2, "expert": 2, "sequence": 2, **FULL}),
-    (4, {"zero_stage": 3, "expert": 2, "accumulation": 2}),
+    (4, {"zero_stage": 3, "expert": 2, "accumulation": 2, **OFFLOAD}),
+    (4, {"pipeline": 2, "expert": 2, "accumulation": 4, **SELECTIVE, **CHUNKS}),
 ]
 
 MANY: list[tuple[int, Layout]] = [
-    (
-        num_ranks,
-        {"zero_stage": stage, "expert": expert, "sequence": sequence, "accumulation": accumulation}
-        | more,
-    )
-    for num_ranks in (1, 2, 4)
-    for expert in (1, 2, 4)
-    for sequence in (1, 2, 4)
-    if num_ranks % expert == 0 and num_ranks % sequence == 0
-    for stage in ZERO_STAGES
-    for accumulation, more in ((1, SELECTIVE), (2, FULL), (2, {}))
+    *(
+        (num_ranks, {"zero_stage": stage, "expert": expert, "sequence": sequence, **more})
+        for num_ranks in (1, 2, 4)
+        for expert in (1, 2, 4)
+        for sequence in (1, 2, 4)
+        if num_ranks % expert == 0 and num_ranks % sequence == 0
+        for stage in ZERO_STAGES
+        for more in ({**SELECTIVE, **CHUNKS}, {"accumulation": 2, **FULL}, {"accumulation": 2})
+    ),
+    *(
+        (2, {"zero_stage": stage, "expert": expert, "accumulation": 2, **more})
+        for stage in ZERO_STAGES
+        for expert in (1, 2)
+        for more in (OFFLOAD, OFFLOAD | {"offload_parameters": Offload.cpu}, BF16_MOMENTS, MUON)
+        if not (stage == 0 and more.get("offload_optimizer"))
+        and not (stage < 3 and more.get("offload_parameters"))
+        and not (stage == 3 and more is MUON)
+    ),
+    *(
+        (
+            4,
+            {"pipeline": 2, "expert": expert, "pipeline_schedule": schedule, "accumulation": 4}
+            | more,
+        )
+        for expert in (1, 2)
+        for schedule in PipelineSchedule
+        for more in ({}, FULL, MUON)
+    ),
+    (4, {"pipeline": 4, "accumulation": 8}),
 ]
 
 
-def model() -> ModelConfig:
-    """Four heads for four ranks, MTP two tokens ahead."""
+def describe(value: Any) -> str:
+    """A layout as a test's name."""
+    if not isinstance(value, dict):
+        return f"{value} ranks"
+    plain = {k: v for k, v in value.items() if k != "optimizer"}
+    names = [f"{name}={setting}" for name, setting in plain.items()]
+    if "optimizer" in value:
+        names.append(f"{value['optimizer'].kind}, {value['optimizer'].moments} moments")
+    return ", ".join(names) or "plain"
+
+
+def model(chunk: int | None) -> ModelConfig:
+    """Four heads for four ranks, blocks for four stages, MTP two tokens ahead."""
     attention = MLAConfig(
         num_heads=4,
         q_lora_rank=16,
@@ -59,28 +102,36 @@ def model() -> ModelConfig:
         rope_head_dim=4,
         v_head_dim=8,
     )
-    return tiny_model(attention=attention, mtp=MTPConfig(depth=2))
+    moe = MoEConfig(
+        num_experts=8,
+        top_k=2,
+        expert_dim=16,
+        balance_loss_weight=0.01,
+        max_tokens_per_chunk=chunk,
+        router=RouterConfig(bias_update_speed=0.01),
+    )
+    return tiny_model(num_layers=4, attention=attention, moe=moe, mtp=MTPConfig(depth=2))
 
 
 def check(folder: Path, num_ranks: int, layout: Layout) -> None:
-    layout = dict(layout)
-    replicas = num_ranks // layout.get("sequence", 1)
-    micro_batch_size = BATCH_SIZE // replicas // layout.pop("accumulation", 1)
-    parallel = ParallelConfig(micro_batch_size=micro_batch_size, **layout)
-    config = tiny_run(folder, model=model(), parallel=parallel)
-    config.optimizer.clip_norm = 0.1
+    layout = {"accumulation": 1, "chunk": None, "optimizer": OptimizerConfig(), **layout}
+    accumulation, chunk = layout.pop("accumulation"), layout.pop("chunk")
+    optimizer = replace(layout.pop("optimizer"), clip_norm=0.1)
+    replicas = num_ranks // (layout.get("sequence", 1) * layout.get("pipeline", 1))
+    parallel = ParallelConfig(micro_batch_size=BATCH_SIZE // replicas // accumulation, **layout)
+    config = tiny_run(folder, model=model(chunk), parallel=parallel, optimizer=optimizer)
     comparison = verify(config, num_ranks)
     wrong = [f"{d.key} differs by {d.error:.1e} {d.problem}" for d in comparison.mismatches]
     assert not wrong, "\n".join(wrong[:5])
 
 
-@pytest.mark.parametrize(("num_ranks", "layout"), FEW, ids=str)
+@pytest.mark.parametrize(("num_ranks", "layout"), FEW, ids=describe)
 def test_a_layout_trains_the_same_model(tmp_path: Path, num_ranks: int, layout: Layout) -> None:
     check(tmp_path, num_ranks, layout)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_ranks", "layout"), MANY, ids=str)
+@pytest.mark.parametrize(("num_ranks", "layout"), MANY, ids=describe)
 def test_every_combination_of_layouts_trains_the_same_model(
     tmp_path: Path, num_ranks: int, layout: Layout
 ) -> None:

@@ -16,15 +16,18 @@ from torch import Tensor
 import model.dispatch
 import model.moe
 import train.engine
+import train.sharded
 import train.update
 from data.batches import Batch
 from model.config import ModelConfig, MTPConfig
 from model.moe import MoE
+from model.part import Part
 from model.transformer import Sums, Transformer
 from tests.train.tiny import tiny_model, tiny_run
 from tests.train.verification import Bug, verify
-from train.engine import Engine
+from train.engine import Engine, UlyssesSequences
 from train.parallel import ParallelConfig, Recompute
+from train.pipeline import EmbeddingCopy, Pipeline
 from train.update import Denominators
 from train.verify.diagnosis import diagnose
 
@@ -199,6 +202,29 @@ def counts_of_one_rank() -> AbstractContextManager[Any]:
     return replaced(train.update.dist, "all_reduce", keep)
 
 
+def balance_loss_of_each_part_of_a_sequence() -> AbstractContextManager[Any]:
+    return replaced(UlyssesSequences, "total", lambda self, counts: counts)
+
+
+def copied_embedding_not_summed() -> AbstractContextManager[Any]:
+    """The last stage's copy keeps its gradient to itself."""
+    return replaced(EmbeddingCopy, "give_gradient", lambda self, sharding: None)
+
+
+def micro_batches_in_another_order_on_the_last_stage() -> AbstractContextManager[Any]:
+    advance = Pipeline.advance
+
+    def reverse(self: Pipeline, part: Part, received: Any, number: int) -> Any:
+        last = len(self._batches) - 1
+        return advance(self, part, received, last - number if part.is_last else number)
+
+    return replaced(Pipeline, "advance", reverse)
+
+
+def clip_norm_of_one_stage() -> AbstractContextManager[Any]:
+    return replaced(train.sharded, "_add_up_stages", lambda zero, group: None)
+
+
 class Seeded(NamedTuple):
     bug: Bug
     part: str  # at fault
@@ -229,6 +255,27 @@ BUGS = [
     Seeded(shared_experts_not_reduced, "shared experts", "several ranks have element", EXPERT),
     Seeded(
         micro_batches_weighted_alike, "weights of tokens in the loss", "don't weigh alike", EXPERT
+    ),
+    Seeded(
+        balance_loss_of_each_part_of_a_sequence,
+        "balance loss",
+        "in this loss's sum or mean",
+        {"sequence": 2, "micro_batch_size": 4},
+    ),
+    Seeded(
+        copied_embedding_not_summed,
+        "embedding",
+        "reduction of its gradients",
+        {"pipeline": 2, "micro_batch_size": 2},
+    ),
+    Seeded(
+        micro_batches_in_another_order_on_the_last_stage,
+        "attention",
+        "forward pass of layers.2.attention",
+        {"pipeline": 2, "micro_batch_size": 2},
+    ),
+    Seeded(
+        clip_norm_of_one_stage, "global norm", "the norm", {"pipeline": 2, "micro_batch_size": 2}
     ),
     Seeded(counts_of_one_rank, "routing counts", "layers.1.ffn.router", EXPERT),
 ]

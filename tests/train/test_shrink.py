@@ -10,6 +10,7 @@ from model.gqa import GQAConfig
 from model.mla import MLAConfig
 from tests.command import compose
 from train.config import check_run
+from train.parallel import PipelineSchedule
 from train.verify.shrink import NUM_RANKS, shrink, shrink_ranks
 
 MODELS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs/model").glob("*.yaml"))
@@ -51,6 +52,20 @@ def test_the_layout_and_accumulation_stay() -> None:
     assert small.model.moe is not None
     assert small.model.moe.num_experts % 8 == 0
     assert small.schedule.batch_size == 2 * small.parallel.micro_batch_size * 8
+
+
+@pytest.mark.parametrize("schedule", PipelineSchedule)
+def test_a_pipeline_keeps_a_block_and_a_micro_batch_for_every_stage(
+    schedule: PipelineSchedule,
+) -> None:
+    config = compose("model=v3", "launch.processes=8", "schedule.batch_size=640")
+    config.parallel = replace(
+        config.parallel, pipeline=4, expert=2, pipeline_schedule=schedule, micro_batch_size=4
+    )
+    small = shrink(config, num_ranks=8, new_num_ranks=8)
+    check_run(small, num_ranks=8)
+    assert small.model.num_layers == max(3, 4 * schedule.parts_per_rank)
+    assert small.schedule.batch_size == 2 * 2 * 4 * schedule.parts_per_rank
 
 
 @pytest.mark.parametrize(

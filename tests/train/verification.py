@@ -10,7 +10,7 @@ from tests.ranks import run_ranks
 from train.config import RunConfig, check_run
 from train.engine import join
 from train.verify.compare import Comparison, compare
-from train.verify.config import LEARNING_RATE, TOLERANCE
+from train.verify.config import LEARNING_RATE, TOLERANCE, moment_tolerance
 from train.verify.observe import observe
 from train.verify.plain import observe_plainly
 
@@ -31,4 +31,5 @@ def verify(
             return list(observe(config, ranks, steps=steps, lr=LEARNING_RATE))
 
     got = [fragment for of_rank in run_ranks(num_ranks, on_rank) for fragment in of_rank]
-    return compare(expected, got, tolerance=TOLERANCE)
+    moments = moment_tolerance(TOLERANCE, config.optimizer.moments)
+    return compare(expected, got, tolerance=TOLERANCE, moment_tolerance=moments)

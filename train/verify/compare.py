@@ -49,9 +49,16 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    expected: Iterable[Fragment], got: Iterable[Fragment], *, tolerance: float
+    expected: Iterable[Fragment],
+    got: Iterable[Fragment],
+    *,
+    tolerance: float,
+    moment_tolerance: float | None = None,
 ) -> Comparison:
-    """Every tensor of the reference, and whatever the layout has beside them."""
+    """Every tensor of the reference, and whatever the layout has beside them.
+
+    `moment_tolerance`, where it is another, is for what the optimizer keeps.
+    """
     reference, layout = by_tensor(expected), by_tensor(got)
     order = {key: place for place, key in enumerate((*reference, *layout))}
     keys = [key for key in order if key.quantity != TERM]
@@ -62,6 +69,8 @@ def compare(
         component = component_at(key, routed)
         error, problem = _compare_one(key, reference.get(key), layout.get(key))
         limit = 0.0 if key.quantity in EXACT else tolerance
+        if moment_tolerance is not None and key.quantity not in (*CAUSES, *EFFECTS):
+            limit = moment_tolerance
         differences.append(Difference(key, component, error, error <= limit, problem))
     return Comparison(differences, reference, layout)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from train.config import RunConfig
+from train.moments import Moments
 
 #: fp32 rounds in the 8th digit; sums in another order differ by less than this.
 TOLERANCE = 1e-5
@@ -40,3 +41,11 @@ def check_verify(config: VerifyConfig) -> None:
             f"verify.tolerance={config.tolerance} asks for equal bits, which sums in another order "
             f"don't give; choose e.g. {TOLERANCE}"
         )
+
+
+def moment_tolerance(tolerance: float, moments: Moments) -> float:
+    """Moments in BF16 may differ by its spacing: a rounding error decides which way one rounds.
+
+    Blocks of 8-bit moments lie elsewhere in each layout: `thrifty verify` keeps those in fp32.
+    """
+    return max(tolerance, 2**-8) if moments is Moments.bf16 else tolerance

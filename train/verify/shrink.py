@@ -16,6 +16,7 @@ from model.moe import MoEConfig
 from model.router import GroupScore
 from train.config import RunConfig
 from train.parallel import ParallelConfig
+from train.stages import can_run, count_stages
 
 VOCAB_SIZE, DIM, SEQ_LEN = 512, 64, 32
 LORA_RANK, HEAD_DIM, ROPE_DIM = 32, 16, 8
@@ -23,44 +24,67 @@ NUM_HEADS, NUM_KV_HEADS = 4, 2
 NUM_DENSE, NUM_SPARSE = 1, 2  # layers
 MICRO_BATCH_SIZE, ACCUMULATION, BUCKET_SIZE = 2, 2, 5_000
 LEAST_LOSS_WEIGHT, CLIP_NORM = 0.01, 0.1
+CHUNK = 48  # rows; a micro-batch has more, so that chunks happen
 NUM_RANKS = 8
 
 Config = TypeVar("Config", bound=RunConfig)
 
 
 def shrink(config: Config, *, num_ranks: int, new_num_ranks: int) -> Config:
-    """The config for `new_num_ranks`, shrunk; `num_ranks` is what it was meant for."""
+    """The config for `new_num_ranks`, shrunk; `num_ranks` is what it was meant for.
+
+    `config.parallel` is already the one for the new number of ranks.
+    """
     small = deepcopy(config)
-    shrink_model(small.model, small.parallel)
-    per_rank = max(SEQ_LEN // small.parallel.sequence, config.model.mtp.depth + 1)
-    small.data.seq_len = min(config.data.seq_len, per_rank * small.parallel.sequence)
+    parallel = small.parallel
+    shrink_model(small.model, parallel)
+    per_rank = max(SEQ_LEN // parallel.sequence, config.model.mtp.depth + 1)
+    small.data.seq_len = min(config.data.seq_len, per_rank * parallel.sequence)
     # Clipping takes part if the norm exceeds it, and a small model's does.
     small.optimizer.clip_norm = min(config.optimizer.clip_norm, CLIP_NORM)
     # Gradients are reduced in several buckets, as those of a large model are.
-    small.parallel.reduce_bucket_size = min(config.parallel.reduce_bucket_size, BUCKET_SIZE)
-    small.parallel.micro_batch_size = min(config.parallel.micro_batch_size, MICRO_BATCH_SIZE)
-    replicas, new_replicas = (n // small.parallel.sequence for n in (num_ranks, new_num_ranks))
-    accumulation = config.schedule.batch_size // (config.parallel.micro_batch_size * replicas)
+    parallel.reduce_bucket_size = min(config.parallel.reduce_bucket_size, BUCKET_SIZE)
+    parallel.pipeline_layers = None
+    per_replica = config.schedule.batch_size // count_replicas(parallel, num_ranks)
+    accumulation = per_replica // parallel.micro_batch_size
+    parallel.micro_batch_size = min(parallel.micro_batch_size, MICRO_BATCH_SIZE)
     small.schedule.batch_size = (
-        small.parallel.micro_batch_size * new_replicas * min(accumulation, ACCUMULATION)
+        parallel.micro_batch_size
+        * count_replicas(parallel, new_num_ranks)
+        * shrink_accumulation(parallel, accumulation)
     )
     small.schedule.batch_ramp.start = None
     return small
 
 
+def count_replicas(parallel: ParallelConfig, num_ranks: int) -> int:
+    return num_ranks // (parallel.sequence * parallel.pipeline)
+
+
+def shrink_accumulation(parallel: ParallelConfig, accumulation: int) -> int:
+    """Two micro-batches per step, or one per stage of a pipeline; never more than before."""
+    least = min(max(ACCUMULATION, parallel.pipeline > 1 and count_stages(parallel)), accumulation)
+    while least < accumulation and not can_run(parallel, least):
+        least += 1
+    return max(least, 1)
+
+
 def shrink_ranks(parallel: ParallelConfig, num_ranks: int) -> tuple[ParallelConfig, int]:
     """At most NUM_RANKS ranks where that is possible.
 
-    Replicas of the experts are halved down to two, then the ranks that experts are spread over.
-    The ranks of a sequence stay: their number must go with the heads.
+    Replicas of the experts are halved down to two, then the ranks that experts are spread over,
+    then a pipeline's. The ranks of a sequence stay: their number must go with the heads.
     """
     small = deepcopy(parallel)
-    while num_ranks > NUM_RANKS and num_ranks % (2 * small.sequence) == 0:
-        replicas = num_ranks // small.expert
+    while num_ranks > NUM_RANKS and num_ranks % (2 * small.sequence * small.pipeline) == 0:
+        replicas = num_ranks // small.pipeline // small.expert
         if replicas <= 2 or replicas % 2:
-            if small.expert <= 2 or small.expert % 2:
+            if small.expert > 2 and small.expert % 2 == 0:
+                small.expert //= 2
+            elif small.pipeline > 2 and small.pipeline % 2 == 0:
+                small.pipeline //= 2
+            else:
                 break
-            small.expert //= 2
         num_ranks //= 2
     return small, num_ranks
 
@@ -70,8 +94,11 @@ def shrink_model(model: ModelConfig, parallel: ParallelConfig) -> None:
     factor = max(model.dim / DIM, 1.0)
     model.vocab_size = min(model.vocab_size, VOCAB_SIZE)
     model.dim = min(model.dim, DIM)
-    num_sparse = min(model.num_layers - model.num_dense_layers, NUM_SPARSE)
-    model.num_dense_layers = min(model.num_dense_layers, NUM_DENSE if num_sparse else NUM_SPARSE)
+    stages = count_stages(parallel)  # each needs a block
+    num_sparse = model.num_layers - model.num_dense_layers
+    num_dense = min(model.num_dense_layers, NUM_DENSE if num_sparse else max(NUM_SPARSE, stages))
+    num_sparse = min(num_sparse, max(NUM_SPARSE, stages - num_dense))
+    model.num_dense_layers = min(model.num_dense_layers, max(num_dense, stages - num_sparse))
     model.num_layers = model.num_dense_layers + num_sparse
     model.ffn_dim = _divide(model.ffn_dim, factor)
     model.init_std *= math.sqrt(factor)  # products of narrower matrices keep their size
@@ -110,6 +137,8 @@ def _shrink_moe(config: MoEConfig, *, expert: int, factor: float) -> None:
     least = max(2 * config.top_k, in_group * router.num_groups)
     config.num_experts = min(config.num_experts, math.ceil(least / unit) * unit)
     config.expert_dim = _divide(config.expert_dim, factor)
+    if config.max_tokens_per_chunk is not None:
+        config.max_tokens_per_chunk = min(config.max_tokens_per_chunk, CHUNK)
     # A loss of weight 1e-4 could be wrong by half without a trace above the tolerance.
     for name in ("balance_loss", "device_balance_loss", "communication_balance_loss"):
         weight = getattr(config, f"{name}_weight")
