@@ -1,0 +1,126 @@
+"""What a layout keeps on each rank, in bytes, before anything is started.
+
+The state of training: weights, gradients at the end of a step's backward pass, masters and the
+optimizer's moments. `tests/train/test_memory.py` counts the bytes of all tensors on real ranks and
+holds these numbers to them. Activations come on top (`model/memory.py`).
+
+W ranks share a stage's parameters (all ranks without a pipeline); W/EP share each expert's.
+"""
+
+from collections.abc import Iterator
+from math import prod
+from typing import NamedTuple
+
+import torch
+
+from model.memory import kept_per_token
+from model.transformer import Transformer
+from train.config import RunConfig
+from train.moments import Moments
+from train.optimizer import kept_states
+from train.parallel import Offload
+from train.precision import Dtype
+from train.quantised_moments import BLOCK
+from train.stages import plan_stages
+
+FP32 = 4
+MOMENT_BYTES = {Moments.fp32: 4.0, Moments.bf16: 2.0, Moments.int8: 1 + 4 / BLOCK}
+
+
+class State(NamedTuple):
+    """Bytes on one rank. What is offloaded to the host is counted in `host` only."""
+
+    weights: float
+    gradients: float
+    optimizer: float  # masters and moments
+    host: float = 0.0
+
+    @property
+    def device(self) -> float:
+        return self.weights + self.gradients + self.optimizer
+
+    def plus(self, other: "State") -> "State":
+        return State(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class Tensor(NamedTuple):
+    """A parameter as one rank of a stage meets it."""
+
+    elements: int  # on this rank before ZeRO: of routed experts, its own
+    sharers: int  # ranks over which ZeRO spreads it
+    moments: int  # tensors that the optimizer keeps of it
+
+
+def largest_state(config: RunConfig, *, num_ranks: int) -> State:
+    """The state of the rank that keeps most: of the pipeline's fullest stages."""
+    states = [
+        _add_up(config, _tensors(config, stage, num_ranks=num_ranks))
+        for stage in range(config.parallel.pipeline)
+    ]
+    return max(states, key=lambda state: state.device)
+
+
+def activations(config: RunConfig, *, num_ranks: int) -> float:
+    """Bytes that the blocks of the fullest stage keep for the backward pass, at most.
+
+    Of one micro-batch; in a pipeline of as many as it has stages, which 1F1B's first stage keeps.
+    With balanced routing; logits and what a layer needs while it runs come on top.
+    """
+    parallel, model = config.parallel, config.model
+    stages = plan_stages(parallel, model, seq_len=config.data.seq_len)
+    tokens = parallel.micro_batch_size * config.data.seq_len // parallel.sequence
+    in_flight = len(stages.parts) if parallel.pipeline > 1 else 1
+    per_token = [
+        kept_per_token(model, is_dense=i < model.num_dense_layers, recompute=parallel.recompute)
+        for i in range(model.num_layers)
+    ]
+    by_rank = [
+        sum(per_token[i] for part in stages.of(rank) for i in part.layers)
+        for rank in range(parallel.pipeline)
+    ]
+    return float(max(by_rank) * tokens * in_flight * config.precision.dtype.torch.itemsize)
+
+
+def _tensors(config: RunConfig, pipeline_rank: int, *, num_ranks: int) -> Iterator[Tensor]:
+    parallel = config.parallel
+    stages = plan_stages(parallel, config.model, seq_len=config.data.seq_len)
+    with torch.device("meta"):
+        model = Transformer(config.model, parts=stages.of(pipeline_rank))
+    sharers = num_ranks // parallel.pipeline
+    for name, parameter in model.named_parameters():
+        spread = parallel.expert if ".experts." in name else 1
+        elements = prod(parameter.shape) // spread
+        yield Tensor(elements, sharers // spread, len(kept_states(name, config.optimizer)))
+
+
+def _add_up(config: RunConfig, tensors: Iterator[Tensor]) -> State:
+    total = State(0.0, 0.0, 0.0)
+    for tensor in tensors:
+        total = total.plus(_state_of(tensor, config))
+    return total
+
+
+def _state_of(tensor: Tensor, config: RunConfig) -> State:
+    """One parameter's bytes, by ZeRO stage; what DeepSpeed 0.19.8 keeps beyond the papers' counts
+    is in the comments."""
+    parallel, size = config.parallel, config.precision.dtype.torch.itemsize
+    is_fp32 = config.precision.dtype is Dtype.fp32
+    whole, part = tensor.elements, tensor.elements / tensor.sharers
+    kept = FP32 + tensor.moments * MOMENT_BYTES[config.optimizer.moments]
+    match parallel.zero_stage:
+        case 0:  # ours: in fp32 the weights are their own masters
+            kept -= FP32 * is_fp32
+            return State(whole * size, whole * FP32, whole * kept)
+        case 1 if is_fp32:
+            state = State(whole * size, part * FP32, part * kept)
+        case 1:  # fp32 accumulators of all gradients stay, beside the gradients in BF16
+            state = State(whole * size, whole * (FP32 + size), part * kept)
+        case 2:
+            state = State(whole * size, part * FP32, part * kept)
+        case _:
+            state = State(part * size, part * FP32, part * kept)
+    if parallel.offload_optimizer is not Offload.none:
+        state = state._replace(optimizer=0.0, host=state.optimizer)
+    if parallel.offload_parameters is not Offload.none:
+        state = state._replace(weights=0.0, host=state.host + state.weights)
+    return state
