@@ -13,9 +13,12 @@ from model.cost import MTP, flops_by_component, parameters_by_component
 from model.memory import routed_peak
 from model.moe import MoEConfig
 from train.config import RunConfig, check_run
+from train.memory import activations, largest_state
 from train.outcome import ExitCode
 from train.precision import Dtype
+from train.traffic import largest_traffic
 
+GIB = 2**30
 WIDTH = 100  # also where the output is no terminal
 
 CONVENTIONS = """\
@@ -36,6 +39,7 @@ def plan_job(job: Job) -> ExitCode:
     console = Console(width=WIDTH)
     console.print(draw_components(config.model, seq_len=config.data.seq_len))
     print(describe_conventions(config.model, seq_len=config.data.seq_len))
+    print(describe_layout(config))
     if config.model.moe is not None and config.model.moe.max_tokens_per_chunk is not None:
         print(describe_bound(config, config.model.moe))
     return ExitCode.FINISHED
@@ -79,6 +83,29 @@ def describe_conventions(model: ModelConfig, *, seq_len: int) -> str:
         "the embedding because it is the head" if model.tie_embedding else "without the embedding"
     )
     return CONVENTIONS.format(embedding=embedding, seq_len=seq_len)
+
+
+def describe_layout(config: LaunchedRun) -> str:
+    """What the layout keeps on its fullest rank, and sends in a step."""
+    num_ranks = config.launch.processes
+    state = largest_state(config, num_ranks=num_ranks)
+    sent = largest_traffic(config, num_ranks=num_ranks)
+    sizes = {
+        "weights": state.weights,
+        "gradients": state.gradients,
+        "masters and moments": state.optimizer,
+        "activations of blocks": activations(config),
+    }
+    of_tokens = sent.experts + sent.sequences + sent.stages
+    lines = [f"Ranks: {num_ranks}. On the fullest of them (docs/parallelism.md):"]
+    lines += [f"  {name:22} {size / GIB:>10,.3f} GiB" for name, size in sizes.items()]
+    if state.host:
+        lines.append(f"  {'in host memory':22} {state.host / GIB:>10,.3f} GiB")
+    lines.append(
+        f"  {'sent in a step':22} {sent.total / GIB:>10,.3f} GiB, of it with tokens "
+        f"{of_tokens / GIB:,.3f}"
+    )
+    return "\n".join(lines)
 
 
 def describe_bound(config: RunConfig, moe: MoEConfig) -> str:

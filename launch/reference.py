@@ -1,6 +1,7 @@
 """`python -m launch.reference`: writes the pages of docs/ that are made from the code.
 
-docs/configs.md, every key of every verb, is made here; docs/layouts.md in `launch/layout_page.py`.
+docs/configs.md, every key of every verb, is made here; docs/layouts.md in `launch/layout_page.py`,
+the tables of docs/parallelism.md in `launch/layout_costs.py`.
 """
 
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from launch import layout_page
+from launch import layout_costs, layout_page
 from launch.checkpoints import CheckpointsConfig
 from launch.config import LaunchedRun
 from launch.grow import OWN_KEYS, GrownRun
@@ -83,3 +84,5 @@ def _table(keys: Iterator[Key]) -> Iterator[str]:
 if __name__ == "__main__":
     PAGE.write_text(write_reference())
     layout_page.PAGE.write_text(layout_page.write_page())
+    costs = layout_costs.PAGE
+    costs.write_text(layout_costs.write_page(costs.read_text()))

@@ -15,6 +15,8 @@ from typing import Any
 
 from data.config import DataConfig
 from model.config import ModelConfig
+from model.mla import MLAConfig
+from model.recompute import Recompute
 from train.optimizer import OptimizerConfig
 from train.parallel import ZERO_STAGES, Offload, ParallelConfig, PipelineSchedule
 from train.precision import PrecisionConfig
@@ -83,6 +85,7 @@ class Rule:
 CHOICES: dict[str, Callable[[Layout], Iterable[Any]]] = {
     "parallel.offload_optimizer": lambda _: Offload,
     "parallel.offload_parameters": lambda _: Offload,
+    "parallel.recompute": lambda _: (Recompute.full, Recompute.none),
     "parallel.zero_stage": lambda layout: _nearest(ZERO_STAGES, layout.parallel.zero_stage),
     "parallel.expert": lambda layout: _nearest(divisors(layout.ranks), layout.parallel.expert),
     "parallel.sequence": lambda layout: _nearest(divisors(layout.ranks), layout.parallel.sequence),
@@ -170,6 +173,27 @@ RULES: tuple[Rule, ...] = (
         is_broken=lambda layout: layout.data.seq_len % layout.parallel.sequence != 0,
         why="every rank holds an equal part of each sequence",
         problem=lambda layout: _describe_undivided(layout, "parallel.sequence", "data.seq_len"),
+    ),
+    Rule(
+        settings=("parallel.recompute", "parallel.sequence", "parallel.zero_stage"),
+        is_broken=lambda layout: (
+            isinstance(layout.model.attention, MLAConfig)
+            and layout.parallel.recompute is Recompute.selective
+            and layout.parallel.sequence > 1
+            and layout.parallel.zero_stage == 3
+        ),
+        why="MLA's up-projections would run again in the midst of their own backward pass, and let "
+        "go of the weights that it needs",
+    ),
+    Rule(
+        settings=("parallel.zero_stage", "model.moe.max_tokens_per_chunk", "parallel.expert"),
+        is_broken=lambda layout: (
+            layout.parallel.zero_stage == 3
+            and layout.value("model.moe.max_tokens_per_chunk") is not None
+            and 1 < layout.parallel.expert < layout.ranks
+        ),
+        why="groups of ranks with the same experts would gather their weights once per chunk, but "
+        "not take equally many chunks, and wait for each other for ever",
     ),
     Rule(
         settings=("parallel.zero_stage", "parallel.offload_optimizer"),

@@ -24,6 +24,7 @@ from train.quantised_moments import BLOCK
 from train.stages import plan_stages
 
 FP32 = 4
+PERSISTENT = 100_000  # elements up to which DeepSpeed's ZeRO 3 keeps a gathered parameter
 MOMENT_BYTES = {Moments.fp32: 4.0, Moments.bf16: 2.0, Moments.int8: 1 + 4 / BLOCK}
 
 
@@ -43,7 +44,7 @@ class State(NamedTuple):
         return State(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-class Tensor(NamedTuple):
+class Share(NamedTuple):
     """A parameter as one rank of a stage meets it."""
 
     elements: int  # on this rank before ZeRO: of routed experts, its own
@@ -54,13 +55,13 @@ class Tensor(NamedTuple):
 def largest_state(config: RunConfig, *, num_ranks: int) -> State:
     """The state of the rank that keeps most: of the pipeline's fullest stages."""
     states = [
-        _add_up(config, _tensors(config, stage, num_ranks=num_ranks))
+        _add_up(config, shares_of(config, stage, num_ranks=num_ranks))
         for stage in range(config.parallel.pipeline)
     ]
     return max(states, key=lambda state: state.device)
 
 
-def activations(config: RunConfig, *, num_ranks: int) -> float:
+def activations(config: RunConfig) -> float:
     """Bytes that the blocks of the fullest stage keep for the backward pass, at most.
 
     Of one micro-batch; in a pipeline of as many as it has stages, which 1F1B's first stage keeps.
@@ -81,7 +82,8 @@ def activations(config: RunConfig, *, num_ranks: int) -> float:
     return float(max(by_rank) * tokens * in_flight * config.precision.dtype.torch.itemsize)
 
 
-def _tensors(config: RunConfig, pipeline_rank: int, *, num_ranks: int) -> Iterator[Tensor]:
+def shares_of(config: RunConfig, pipeline_rank: int, *, num_ranks: int) -> Iterator[Share]:
+    """Every parameter of the stages that a rank of a pipeline holds."""
     parallel = config.parallel
     stages = plan_stages(parallel, config.model, seq_len=config.data.seq_len)
     with torch.device("meta"):
@@ -90,37 +92,41 @@ def _tensors(config: RunConfig, pipeline_rank: int, *, num_ranks: int) -> Iterat
     for name, parameter in model.named_parameters():
         spread = parallel.expert if ".experts." in name else 1
         elements = prod(parameter.shape) // spread
-        yield Tensor(elements, sharers // spread, len(kept_states(name, config.optimizer)))
+        yield Share(elements, sharers // spread, len(kept_states(name, config.optimizer)))
 
 
-def _add_up(config: RunConfig, tensors: Iterator[Tensor]) -> State:
+def _add_up(config: RunConfig, shares: Iterator[Share]) -> State:
     total = State(0.0, 0.0, 0.0)
-    for tensor in tensors:
-        total = total.plus(_state_of(tensor, config))
+    for share in shares:
+        total = total.plus(_state_of(share, config))
     return total
 
 
-def _state_of(tensor: Tensor, config: RunConfig) -> State:
+def _state_of(share: Share, config: RunConfig) -> State:
     """One parameter's bytes, by ZeRO stage; what DeepSpeed 0.19.8 keeps beyond the papers' counts
     is in the comments."""
     parallel, size = config.parallel, config.precision.dtype.torch.itemsize
     is_fp32 = config.precision.dtype is Dtype.fp32
-    whole, part = tensor.elements, tensor.elements / tensor.sharers
-    kept = FP32 + tensor.moments * MOMENT_BYTES[config.optimizer.moments]
+    whole, part = share.elements, share.elements / share.sharers
+    kept = FP32 + share.moments * MOMENT_BYTES[config.optimizer.moments]
     match parallel.zero_stage:
         case 0:  # ours: in fp32 the weights are their own masters
             kept -= FP32 * is_fp32
             return State(whole * size, whole * FP32, whole * kept)
         case 1 if is_fp32:
             state = State(whole * size, part * FP32, part * kept)
-        case 1:  # fp32 accumulators of all gradients stay, beside the gradients in BF16
-            state = State(whole * size, whole * (FP32 + size), part * kept)
+        case 1:  # fp32 accumulators of all gradients stay; outside of a pipeline those in BF16 too
+            in_bf16 = size if parallel.pipeline == 1 else 0
+            state = State(whole * size, whole * (FP32 + in_bf16), part * kept)
         case 2:
             state = State(whole * size, part * FP32, part * kept)
         case _:
-            state = State(part * size, part * FP32, part * kept)
+            gathered = whole if whole <= PERSISTENT and share.sharers > 1 else 0
+            state = State((part + gathered) * size, part * FP32, part * kept)
     if parallel.offload_optimizer is not Offload.none:
         state = state._replace(optimizer=0.0, host=state.optimizer)
+        if parallel.zero_stage > 1:  # gradients go where they are used
+            state = state._replace(gradients=0.0, host=state.host + state.gradients)
     if parallel.offload_parameters is not Offload.none:
         state = state._replace(weights=0.0, host=state.host + state.weights)
     return state

@@ -1,6 +1,6 @@
 from dataclasses import dataclass
 
-from launch import layout_page
+from launch import layout_costs, layout_page
 from launch.config import LaunchedRun
 from launch.keys import Key, list_keys, read_comments
 from launch.reference import PAGE, write_reference
@@ -45,3 +45,8 @@ def test_the_committed_reference_is_what_the_code_says() -> None:
     assert PAGE.read_text() == write_reference(), "run `make docs` and commit docs/configs.md"
     page = layout_page.PAGE
     assert page.read_text() == layout_page.write_page(), f"run `make docs` and commit {page}"
+
+
+def test_the_costs_of_layouts_in_the_docs_are_what_the_code_says() -> None:
+    page = layout_costs.PAGE.read_text()
+    assert page == layout_costs.write_page(page), f"run `make docs` and commit {layout_costs.PAGE}"

@@ -90,7 +90,7 @@ def test_the_bound_on_experts_memory_is_stated_where_there_is_one(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     _, printed = plan("model=v2_lite", monkeypatch=monkeypatch, capfd=capfd)
-    assert "GiB" not in printed
+    assert "GiB at most" not in printed
     overrides = ("model=v2_lite", "data.seq_len=4096", "parallel.micro_batch_size=1")
     limit = "model.moe.max_tokens_per_chunk=30000"
     _, printed = plan(*overrides, limit, "precision=fp32", monkeypatch=monkeypatch, capfd=capfd)

@@ -44,7 +44,7 @@ FEW: list[tuple[int, Layout]] = [
     (2, {"pipeline": 2, "pipeline_schedule": PipelineSchedule.dualpipev, "accumulation": 4}),
     (4, {"zero_stage": 1, "expert": 2, **BF16_MOMENTS}),
     (4, {"zero_stage": 2, "expert": 2, "sequence": 2, **FULL}),
-    (4, {"zero_stage": 3, "expert": 2, "accumulation": 2, **OFFLOAD}),
+    (4, {"zero_stage": 3, "expert": 2, "accumulation": 2, "offload_activations": True, **OFFLOAD}),
     (4, {"pipeline": 2, "expert": 2, "accumulation": 4, **SELECTIVE, **CHUNKS}),
 ]
 
@@ -57,12 +57,20 @@ MANY: list[tuple[int, Layout]] = [
         if num_ranks % expert == 0 and num_ranks % sequence == 0
         for stage in ZERO_STAGES
         for more in ({**SELECTIVE, **CHUNKS}, {"accumulation": 2, **FULL}, {"accumulation": 2})
+        # Refused: selective recomputation of parts of sequences, and chunks of replicated experts.
+        if not (stage == 3 and "chunk" in more and (sequence > 1 or 1 < expert < num_ranks))
     ),
     *(
         (2, {"zero_stage": stage, "expert": expert, "accumulation": 2, **more})
         for stage in ZERO_STAGES
         for expert in (1, 2)
-        for more in (OFFLOAD, OFFLOAD | {"offload_parameters": Offload.cpu}, BF16_MOMENTS, MUON)
+        for more in (
+            OFFLOAD,
+            OFFLOAD | {"offload_parameters": Offload.cpu},
+            {"offload_activations": True, **SELECTIVE},
+            BF16_MOMENTS,
+            MUON,
+        )
         if not (stage == 0 and more.get("offload_optimizer"))
         and not (stage < 3 and more.get("offload_parameters"))
         and not (stage == 3 and more is MUON)

@@ -2,10 +2,12 @@
 
 import re
 from itertools import product
+from typing import Any
 
 import pytest
 
 from launch.layout_page import probe_layout
+from model.recompute import Recompute
 from train.layout_rules import (
     CHOICES,
     RULES,
@@ -44,3 +46,18 @@ def test_experts_beyond_the_divisors_have_the_nearest_as_their_way_out() -> None
     layout = probe_layout().changed({"ranks": 4, "parallel.expert": 3})
     (rule, *_) = broken_rules(layout)
     assert find_way_out(layout, rule) == {"parallel.expert": 2}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"parallel.sequence": 2, "parallel.recompute": Recompute.selective},
+        {"parallel.expert": 2, "model.moe.max_tokens_per_chunk": 16},
+    ],
+)
+def test_what_fails_or_hangs_only_together_with_zero_3_is_refused_there(
+    settings: dict[str, Any],
+) -> None:
+    check_layout(probe_layout().changed(settings | {"parallel.zero_stage": 2}))
+    with pytest.raises(ValueError, match=r"parallel.zero_stage=3.* choose parallel"):
+        check_layout(probe_layout().changed(settings | {"parallel.zero_stage": 3}))
