@@ -87,7 +87,7 @@ def describe_conventions(model: ModelConfig, *, seq_len: int) -> str:
 
 def describe_layout(config: LaunchedRun) -> str:
     """What the layout keeps on its fullest rank, and sends in a step."""
-    num_ranks = config.launch.processes
+    num_ranks = config.launch.num_ranks
     state = largest_state(config, num_ranks=num_ranks)
     sent = largest_traffic(config, num_ranks=num_ranks)
     sizes = {
