@@ -28,10 +28,11 @@ from train.optimizer import MuonConfig
 from train.outcome import ExitCode, Outcome, Status
 from train.precision import Dtype, PrecisionConfig
 from train.verify.compare import Comparison, compare
-from train.verify.config import ObservedRun, VerifyConfig, check_verify, moment_tolerance
+from train.verify.config import ObservedRun, VerifyConfig, check_verify
 from train.verify.diagnosis import diagnose
+from train.verify.measure import build_measure
 from train.verify.observation import read_observations
-from train.verify.rank import OBSERVED_FILE, REFERENCE_FILE, layout_path
+from train.verify.rank import OBSERVED_FILE, count_orders, layout_path, reference_path
 from train.verify.shrink import shrink, shrink_ranks
 
 WIDTH = 100  # also where the output is no terminal
@@ -78,9 +79,12 @@ def verify_job(job: Job) -> ExitCode:
 
 
 def settle(given: VerifiedRun) -> VerifiedRun:
-    """The config that is verified: in fp32, and shrunk unless it is to be left as it is."""
+    """The config that is verified: in its precision, and shrunk unless it is to stay as it is."""
     parallel, num_ranks = given.parallel, given.launch.num_ranks
-    config = replace(given, precision=PrecisionConfig(dtype=Dtype.fp32), init_from=None)
+    dtype = given.verify.precision
+    config = replace(given, precision=PrecisionConfig(dtype=dtype), init_from=None)
+    if dtype is not Dtype.fp32:
+        config.verify = replace(given.verify, steps=1)
     if given.optimizer.moments is Moments.int8:
         config.optimizer = replace(config.optimizer, moments=Moments.fp32)
     if isinstance(config.optimizer, MuonConfig):
@@ -106,15 +110,11 @@ def observe(config: VerifiedRun, folder: Path) -> Outcome:
 
 def read_comparison(folder: Path, config: VerifiedRun) -> Comparison:
     """What both observed, compared."""
-    reference = read_observations([folder / REFERENCE_FILE])
+    orders = range(count_orders(config))
+    reference, *others = (read_observations([reference_path(folder, order)]) for order in orders)
     paths = [layout_path(folder, rank) for rank in range(config.launch.processes)]
-    tolerance = config.verify.tolerance
-    return compare(
-        reference,
-        read_observations(paths),
-        tolerance=tolerance,
-        moment_tolerance=moment_tolerance(tolerance, config.optimizer.moments),
-    )
+    measure = build_measure(reference, others, config, tolerance=config.verify.tolerance)
+    return compare(reference, read_observations(paths), measure=measure)
 
 
 def judge(comparison: Comparison, config: VerifiedRun, *, seconds: float) -> ExitCode:
@@ -124,8 +124,10 @@ def judge(comparison: Comparison, config: VerifiedRun, *, seconds: float) -> Exi
     if diagnosis is not None:
         print(diagnosis)
         return ExitCode.FAILED
-    number, tolerance = len(comparison.differences), config.verify.tolerance
-    print(f"VERIFIED: {number} tensors agree to {tolerance:.0e} ({seconds:.0f} s)")
+    number, closeness = len(comparison.differences), f"to {config.verify.tolerance:.0e}"
+    if config.precision.dtype is not Dtype.fp32:
+        closeness = "as far as BF16's rounding allows"
+    print(f"VERIFIED: {number} tensors agree {closeness} ({seconds:.0f} s)")
     return ExitCode.FINISHED
 
 

@@ -62,3 +62,11 @@ def test_full_changes_nothing_but_the_precision() -> None:
     assert config.precision.dtype is Dtype.fp32
     assert config.model == given.model
     assert config.schedule == given.schedule
+
+
+def test_in_bf16_one_step_is_compared() -> None:
+    run = compose("experiment=smoke")
+    values = {field.name: getattr(run, field.name) for field in fields(run)}
+    config = settle(VerifiedRun(**values, verify=VerifyConfig(precision=Dtype.bf16)))
+    assert config.precision.dtype is Dtype.bf16
+    assert config.verify.steps == 1

@@ -20,7 +20,7 @@ from tests.train.verification import verify
 from train.moments import Moments
 from train.optimizer import MuonConfig, OptimizerConfig
 from train.parallel import ZERO_STAGES, Offload, ParallelConfig, PipelineSchedule
-from train.precision import Dtype
+from train.precision import Dtype, PrecisionConfig
 
 BATCH_SIZE = 8
 FULL = {"recompute": Recompute.full}
@@ -121,14 +121,41 @@ def model(chunk: int | None) -> ModelConfig:
     return tiny_model(num_layers=4, attention=attention, moe=moe, mtp=MTPConfig(depth=2))
 
 
-def check(folder: Path, num_ranks: int, layout: Layout) -> None:
+IN_BF16: list[Any] = [
+    (2, {"expert": 2, "zero_stage": 2, "accumulation": 2}),
+    (2, {"pipeline": 2, "accumulation": 4}),
+    *(
+        pytest.param(num_ranks, layout, marks=pytest.mark.slow)
+        for num_ranks, layout in (
+            (1, {"accumulation": 8}),
+            (2, {"zero_stage": 0, "accumulation": 2}),
+            (2, {"zero_stage": 1, "sequence": 2, **SELECTIVE}),
+            (2, {"zero_stage": 1, **CHUNKS}),
+            (4, {"zero_stage": 3, "expert": 2, **FULL}),
+            (4, {"zero_stage": 2, "expert": 4, **MUON}),
+            (4, {"zero_stage": 1, "expert": 2, **BF16_MOMENTS}),
+            (4, {"pipeline": 2, "expert": 2, "accumulation": 4}),
+        )
+    ),
+]
+
+
+def check(
+    folder: Path, num_ranks: int, layout: Layout, *, dtype: Dtype = Dtype.fp32, steps: int = 2
+) -> None:
     layout = {"accumulation": 1, "chunk": None, "optimizer": OptimizerConfig(), **layout}
     accumulation, chunk = layout.pop("accumulation"), layout.pop("chunk")
     optimizer = replace(layout.pop("optimizer"), clip_norm=0.1)
     replicas = num_ranks // (layout.get("sequence", 1) * layout.get("pipeline", 1))
     parallel = ParallelConfig(micro_batch_size=BATCH_SIZE // replicas // accumulation, **layout)
-    config = tiny_run(folder, model=model(chunk), parallel=parallel, optimizer=optimizer)
-    comparison = verify(config, num_ranks)
+    config = tiny_run(
+        folder,
+        model=model(chunk),
+        parallel=parallel,
+        optimizer=optimizer,
+        precision=PrecisionConfig(dtype=dtype),
+    )
+    comparison = verify(config, num_ranks, steps=steps)
     wrong = [f"{d.key} differs by {d.error:.1e} {d.problem}" for d in comparison.mismatches]
     assert not wrong, "\n".join(wrong[:5])
 
@@ -144,3 +171,10 @@ def test_every_combination_of_layouts_trains_the_same_model(
     tmp_path: Path, num_ranks: int, layout: Layout
 ) -> None:
     check(tmp_path, num_ranks, layout)
+
+
+@pytest.mark.parametrize(("num_ranks", "layout"), IN_BF16, ids=describe)
+def test_in_bf16_a_layout_differs_by_little_more_than_the_order_of_sums(
+    tmp_path: Path, num_ranks: int, layout: Layout
+) -> None:
+    check(tmp_path, num_ranks, layout, dtype=Dtype.bf16, steps=1)

@@ -28,6 +28,7 @@ from tests.train.verification import Bug, verify
 from train.engine import Engine, UlyssesSequences
 from train.parallel import ParallelConfig, Recompute
 from train.pipeline import EmbeddingCopy, Pipeline
+from train.precision import Dtype, PrecisionConfig
 from train.update import Denominators
 from train.verify.diagnosis import diagnose
 
@@ -294,3 +295,23 @@ def test_verify_catches_the_bug_and_names_the_part(tmp_path: Path, seeded: Seede
     assert diagnosis is not None, "verify passed"
     assert diagnosis.part == seeded.part
     assert seeded.says in str(diagnosis)
+
+
+@pytest.mark.parametrize(
+    ("bug", "part"),
+    [
+        (expert_gradients_divided_twice, "routed experts"),
+        (padding_counted, "routing counts"),
+        (bias_in_bf16, "routing bias"),
+        (clip_norm_counting_replicas, "global norm"),
+    ],
+)
+def test_verify_in_bf16_catches_what_rounding_does_not_explain(
+    tmp_path: Path, bug: Bug, part: str
+) -> None:
+    parallel = ParallelConfig(expert=2, micro_batch_size=1, zero_stage=2)
+    precision = PrecisionConfig(dtype=Dtype.bf16)
+    config = tiny_run(tmp_path, parallel=parallel, precision=precision)
+    diagnosis = diagnose(verify(config, 4, steps=1, bug=bug), config)
+    assert diagnosis is not None, "verify passed"
+    assert diagnosis.part == part

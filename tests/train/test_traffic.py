@@ -61,10 +61,10 @@ def count_messages(config: RunConfig, num_ranks: int) -> Counter[str]:
 @pytest.mark.parametrize(
     ("num_ranks", "accumulation", "layout", "dtype"),
     [
-        (2, 2, {"zero_stage": 0}, Dtype.bf16),
-        (2, 2, {"zero_stage": 1}, Dtype.bf16),
+        pytest.param(2, 2, {"zero_stage": 0}, Dtype.bf16, marks=pytest.mark.slow),
+        pytest.param(2, 2, {"zero_stage": 1}, Dtype.bf16, marks=pytest.mark.slow),
         (2, 2, {"zero_stage": 2}, Dtype.bf16),
-        (2, 1, {"zero_stage": 1, "expert": 2}, Dtype.fp32),
+        pytest.param(2, 1, {"zero_stage": 1, "expert": 2}, Dtype.fp32, marks=pytest.mark.slow),
         (2, 2, {"zero_stage": 1, "expert": 2, "recompute": Recompute.full}, Dtype.bf16),
     ],
 )

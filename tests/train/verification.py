@@ -10,9 +10,11 @@ from tests.ranks import run_ranks
 from train.config import RunConfig, check_run
 from train.engine import join
 from train.verify.compare import Comparison, compare
-from train.verify.config import LEARNING_RATE, TOLERANCE, moment_tolerance
+from train.verify.config import LEARNING_RATE, TOLERANCE
+from train.verify.measure import build_measure
 from train.verify.observe import observe
 from train.verify.plain import observe_plainly
+from train.verify.rank import count_orders
 
 Bug = Callable[[], AbstractContextManager[Any]]
 
@@ -23,7 +25,10 @@ def verify(
     """The layout's steps, with a bug patched into its ranks, against plain PyTorch's."""
     check_run(config, num_ranks=num_ranks)
     device = torch.device("cpu")
-    expected = observe_plainly(config, steps=steps, lr=LEARNING_RATE, device=device)
+    reference, *others = (
+        list(observe_plainly(config, steps=steps, lr=LEARNING_RATE, device=device, order=order))
+        for order in range(count_orders(config))
+    )
 
     def on_rank() -> list[Any]:
         with bug():
@@ -31,5 +36,5 @@ def verify(
             return list(observe(config, ranks, steps=steps, lr=LEARNING_RATE))
 
     got = [fragment for of_rank in run_ranks(num_ranks, on_rank) for fragment in of_rank]
-    moments = moment_tolerance(TOLERANCE, config.optimizer.moments)
-    return compare(expected, got, tolerance=TOLERANCE, moment_tolerance=moments)
+    measure = build_measure(reference, others, config, tolerance=TOLERANCE)
+    return compare(reference, got, measure=measure)

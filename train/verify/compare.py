@@ -1,7 +1,7 @@
 """Two observations of the same steps, tensor by tensor."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Difference(NamedTuple):
 
     key: Key
     component: str
-    error: float  # relative to the largest value; of counts and biases: absolute
+    error: float  # as `Measure` says
     is_match: bool
     problem: str = ""  # why there is nothing to compare
 
@@ -48,31 +48,51 @@ class Comparison(NamedTuple):
         return [difference for difference in self.differences if not difference.is_match]
 
 
-def compare(
-    expected: Iterable[Fragment],
-    got: Iterable[Fragment],
-    *,
-    tolerance: float,
-    moment_tolerance: float | None = None,
-) -> Comparison:
-    """Every tensor of the reference, and whatever the layout has beside them.
+class Measure(Protocol):
+    """How far two tensors are from each other, and how far they may be."""
 
-    `moment_tolerance`, where it is another, is for what the optimizer keeps.
-    """
+    def error(self, key: Key, got: Tensor, expected: Tensor) -> float: ...
+
+    def limit(self, key: Key) -> float: ...
+
+
+class Tolerances(NamedTuple):
+    """fp32: the largest difference, relative to the largest value; none of counts and biases."""
+
+    tolerance: float
+    of_moments: float  # of what the optimizer keeps
+
+    def error(self, key: Key, got: Tensor, expected: Tensor) -> float:
+        return distance(got, expected, is_exact=key.quantity in EXACT)
+
+    def limit(self, key: Key) -> float:
+        if key.quantity in EXACT:
+            return 0.0
+        is_moment = key.quantity not in (*CAUSES, *EFFECTS)
+        return self.of_moments if is_moment else self.tolerance
+
+
+def compare(
+    expected: Iterable[Fragment], got: Iterable[Fragment], *, measure: Measure
+) -> Comparison:
+    """Every tensor of the reference, and whatever the layout has beside them."""
     reference, layout = by_tensor(expected), by_tensor(got)
     order = {key: place for place, key in enumerate((*reference, *layout))}
     keys = [key for key in order if key.quantity != TERM]
     keys.sort(key=lambda key: (key.step, _rank(key.quantity), order[key]))
-    routed = {key.name.removesuffix(".router") for key in reference if key.quantity == LOAD}
+    routed = moe_layers(reference)
     differences = []
     for key in keys:
         component = component_at(key, routed)
-        error, problem = _compare_one(key, reference.get(key), layout.get(key))
-        limit = 0.0 if key.quantity in EXACT else tolerance
-        if moment_tolerance is not None and key.quantity not in (*CAUSES, *EFFECTS):
-            limit = moment_tolerance
-        differences.append(Difference(key, component, error, error <= limit, problem))
+        error, problem = _compare_one(key, reference.get(key), layout.get(key), measure)
+        is_match = not problem and error <= measure.limit(key)
+        differences.append(Difference(key, component, error, is_match, problem))
     return Comparison(differences, reference, layout)
+
+
+def moe_layers(keys: Iterable[Key]) -> set[str]:
+    """Names of the MoE layers, by the counts of their routers."""
+    return {key.name.removesuffix(".router") for key in keys if key.quantity == LOAD}
 
 
 def by_tensor(fragments: Iterable[Fragment]) -> dict[Key, list[Fragment]]:
@@ -128,7 +148,7 @@ def _rank(quantity: str) -> int:
 
 
 def _compare_one(
-    key: Key, expected: list[Fragment] | None, got: list[Fragment] | None
+    key: Key, expected: list[Fragment] | None, got: list[Fragment] | None, measure: Measure
 ) -> tuple[float, str]:
     """The difference, and why there is none."""
     if expected is None or got is None:
@@ -138,7 +158,7 @@ def _compare_one(
     if expected[0].shape != got[0].shape:
         return float("inf"), f"its shape is {got[0].shape} instead of {expected[0].shape}"
     try:
-        return distance(join(got), join(expected), is_exact=key.quantity in EXACT), ""
+        return measure.error(key, join(got), join(expected)), ""
     except ValueError as error:
         return float("inf"), str(error)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from train.config import RunConfig
-from train.moments import Moments
+from train.precision import Dtype
 
 #: fp32 rounds in the 8th digit; sums in another order differ by less than this.
 TOLERANCE = 1e-5
@@ -19,6 +19,9 @@ class VerifyConfig:
     #: Verify the config as it is, instead of shrinking model, sequences and batch until a CPU runs
     #: them in seconds. One process must be able to hold the whole model, gradients and moments.
     full: bool = False
+    #: fp32: to `tolerance`. bf16: to what the order of sums alone changes, over one step (after it
+    #: near-ties of the routing fall otherwise).
+    precision: Dtype = Dtype.fp32
     #: Optimizer steps that are compared; the second one shows what the first leaves behind.
     steps: int = 2
     #: Largest difference of a tensor, relative to its largest value; counts and biases have none.
@@ -41,11 +44,3 @@ def check_verify(config: VerifyConfig) -> None:
             f"verify.tolerance={config.tolerance} asks for equal bits, which sums in another order "
             f"don't give; choose e.g. {TOLERANCE}"
         )
-
-
-def moment_tolerance(tolerance: float, moments: Moments) -> float:
-    """Moments in BF16 may differ by its spacing: a rounding error decides which way one rounds.
-
-    Blocks of 8-bit moments lie elsewhere in each layout: `thrifty verify` keeps those in fp32.
-    """
-    return max(tolerance, 2**-8) if moments is Moments.bf16 else tolerance

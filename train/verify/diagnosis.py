@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.cost import ROUTED
 from train.config import RunConfig
-from train.verify.compare import Comparison, Difference, component_at, join
+from train.verify.compare import Comparison, Difference, component_at, join, moe_layers
 from train.verify.observation import (
     BUFFER,
     FORWARD,
@@ -78,8 +78,7 @@ def diagnose(comparison: Comparison, config: RunConfig) -> Diagnosis | None:
 
 def part_of(comparison: Comparison, key: Key) -> str:
     """The component that a key belongs to, within MTP's block as anywhere else."""
-    routers = [other.name for other in comparison.expected if other.quantity == LOAD]
-    routed = {leave_mtp(name.removesuffix(".router")) for name in routers}
+    routed = {leave_mtp(name) for name in moe_layers(comparison.expected)}
     return component_at(key._replace(name=leave_mtp(key.name)), routed)
 
 

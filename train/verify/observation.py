@@ -3,7 +3,7 @@
 Every observation is a `Fragment` named STEP/QUANTITY/NAME.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,7 +54,12 @@ def keep_load(step: int, load: Tensor, config: ModelConfig) -> Iterator[Fragment
 
 
 def keep_states(
-    step: int, states: ForwardStates, rows: list[range], columns: range, *, shape: tuple[int, int]
+    step: int,
+    states: ForwardStates,
+    rows: Sequence[Sequence[int]],
+    columns: range,
+    *,
+    shape: tuple[int, int],
 ) -> Iterator[Fragment]:
     """Forward states: `rows` are each micro-batch's sequences, `columns` the tokens of each one.
 

@@ -64,6 +64,8 @@ def _keep_report(step: int, report: StepReport, config: RunConfig) -> Iterator[F
     names = ["main loss", *(name.replace("_", " ") for name in BALANCE_LOSSES)]
     names += [f"MTP loss, depth {depth + 1}" for depth in range(config.model.mtp.depth)]
     for name, loss in zip(names, report.losses, strict=True):
-        if config.model.moe is not None or "balance" not in name:
+        moe = config.model.moe
+        is_unused = name in names[2:4] and not (moe and moe.has_group_balance_losses)
+        if (moe is not None or "balance" not in name) and not is_unused:
             yield keep(Key(step, LOSS, name), loss[None])
     yield keep(Key(step, NORM, "global norm"), report.losses.new_tensor([report.grad_norm]))

@@ -1,17 +1,19 @@
-"""The reference: the steps in plain PyTorch, in one process, nothing recomputed or accumulated.
+"""The reference: the steps in plain PyTorch, in one process, nothing recomputed or spread.
 
 Written from the papers' formulas beside the code it judges: of the training code only the model,
 the initial weights and the optimizer's update are shared. No DeepSpeed, no engine, no
 denominators, no dispatch between ranks.
 """
 
+from collections import Counter
 from collections.abc import Iterator
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
 from data.batches import Batch, collate
-from data.samples import IGNORED
+from data.samples import IGNORED, Sample
 from model.config import ModelConfig
 from model.init import initialise
 from model.mtp import shift_targets
@@ -21,6 +23,7 @@ from train.adamw import AdamW
 from train.config import RunConfig
 from train.manifest import Fragment
 from train.optimizer import build_optimizer, parameter_groups
+from train.precision import Dtype
 from train.schedule import batch_size, model_at
 from train.verify.forward_states import watch_forward
 from train.verify.observation import (
@@ -39,46 +42,72 @@ from train.verify.random_samples import RandomSamples, random_biases
 
 
 def observe_plainly(
-    config: RunConfig, *, steps: int, lr: float, device: torch.device
+    config: RunConfig, *, steps: int, lr: float, device: torch.device, order: int = 0
 ) -> Iterator[Fragment]:
-    """Everything that is compared, of `steps` steps on random samples."""
-    model = Transformer(config.model)
-    initialise(model, seed=config.seed, std=config.model.init_std)
-    buffers = [(name, buffer) for name, buffer in model.named_buffers()]
+    """Everything that is compared, of `steps` steps on random samples.
+
+    In order 0 the global batch is one micro-batch. In any other it is permuted and accumulated in
+    small ones, which changes nothing but roundings. In BF16 the model is a rounded copy, while
+    masters and accumulated gradients are fp32.
+    """
+    masters = Transformer(config.model)
+    initialise(masters, seed=config.seed, std=config.model.init_std)
+    buffers = [(name, buffer) for name, buffer in masters.named_buffers()]
     random_biases([Fragment(f"buffer/{n}", tuple(b.shape), 0, b) for n, b in buffers], config.model)
-    model.to(device)
-    optimizer = build_optimizer(parameter_groups(model, config.optimizer), config.optimizer)
+    masters.to(device)
+    is_fp32 = config.precision.dtype is Dtype.fp32
+    model = masters if is_fp32 else deepcopy(masters).to(config.precision.dtype.torch)
+    optimizer = build_optimizer(parameter_groups(masters, config.optimizer), config.optimizer)
     samples, first = RandomSamples(config), 0
     for step in range(steps):
         size = batch_size(config.schedule, step)
-        batch = collate([samples[i] for i in range(first, first + size)])
+        batch = [samples[i] for i in range(first, first + size)]
         first += size
-        yield from _observe_step(step + 1, model, optimizer, batch, config, lr=lr)
+        rows = shuffle(size, order=order)
+        yield from _observe_step(step + 1, model, masters, optimizer, batch, rows, config, lr=lr)
+
+
+def shuffle(size: int, *, order: int) -> list[list[int]]:
+    """The rows of each micro-batch: single ones, pairs, and so on from order to order."""
+    if order == 0:
+        return [list(range(size))]
+    permuted = torch.randperm(size, generator=torch.Generator().manual_seed(order))
+    return [rows.tolist() for rows in permuted.split(order)]
 
 
 def _observe_step(
     step: int,
     model: Transformer,
+    masters: Transformer,
     optimizer: AdamW,
-    batch: Batch,
+    samples: list[Sample],
+    rows: list[list[int]],
     config: RunConfig,
     *,
     lr: float,
 ) -> Iterator[Fragment]:
     settings = model_at(config.model, config.schedule, step - 1)
-    parameters = dict(model.named_parameters())
-    with watch_forward(model) as states:
-        sums = _forward(model, batch)
-    terms, losses = weigh(sums, batch, settings)
-    shape = (batch.tokens.shape[0], batch.tokens.shape[1])
-    yield from keep_states(step, states, [range(shape[0])], range(shape[1]), shape=shape)
-    yield from keep_load(step, sums.load, config.model)
-    for name, loss in losses.items():
-        yield keep(Key(step, LOSS, name), loss.double()[None])
-    yield from _observe_terms(step, terms, parameters)
-
+    parameters = dict(masters.named_parameters())
+    whole = collate(samples)
+    total, load = Counter[str](), torch.zeros((), dtype=torch.int64)
     optimizer.zero_grad()
-    torch.stack(list(terms.values())).sum().backward()
+    with watch_forward(model) as states:
+        for of_batch in rows:
+            sums = _forward(model, collate([samples[row] for row in of_batch]))
+            terms, losses = weigh(sums, whole, settings)
+            if len(rows) == 1 and model is masters:
+                yield from _observe_terms(step, terms, parameters)
+            torch.stack(list(terms.values())).sum().backward()
+            _accumulate(model, masters)
+            total.update({name: float(loss) for name, loss in losses.items()})
+            load = load.to(sums.load.device) + sums.load
+    columns = range(config.data.seq_len)
+    shape = (len(samples), config.data.seq_len)
+    yield from keep_states(step, states, rows, columns, shape=shape)
+    yield from keep_load(step, load, config.model)
+    for name, value in total.items():
+        yield keep(Key(step, LOSS, name), torch.tensor([value], dtype=torch.float64))
+
     for name, parameter in parameters.items():
         assert parameter.grad is not None, f"{name} takes part in the loss"
         yield keep(Key(step, GRADIENT, name), parameter.grad)
@@ -89,13 +118,25 @@ def _observe_step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    _balance(model, sums.load, settings)
+    _balance(masters, load, settings)
+    model.load_state_dict(masters.state_dict())
     for name, parameter in parameters.items():
         yield keep(Key(step, WEIGHT, name), parameter)
         for kind, values in optimizer.open_state(parameter).items():
             yield keep(Key(step, kind, name), values.view_as(parameter))
-    for name, buffer in model.named_buffers():
+    for name, buffer in masters.named_buffers():
         yield keep(Key(step, BUFFER, name), buffer)
+
+
+def _accumulate(model: Transformer, masters: Transformer) -> None:
+    """Add a rounded copy's gradients to the masters' fp32 ones; the masters' own are there."""
+    if model is masters:
+        return
+    for parameter, master in zip(model.parameters(), masters.parameters(), strict=True):
+        assert parameter.grad is not None, "every parameter takes part in the loss"
+        gradient = parameter.grad.float()
+        master.grad = gradient if master.grad is None else master.grad + gradient
+        parameter.grad = None
 
 
 def _forward(model: Transformer, batch: Batch) -> Sums:
@@ -132,7 +173,8 @@ def weigh(
                 config.moe.communication_balance_loss_weight,
             ),
         ):
-            losses[name] = loss
+            if name == "balance loss" or config.moe.has_group_balance_losses:
+                losses[name] = loss
             if weight > 0:
                 terms[name] = weight * loss
     if by_depth:

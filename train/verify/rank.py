@@ -4,16 +4,18 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+from train.config import RunConfig
 from train.manifest import Fragment
 from train.outcome import Outcome, Status
+from train.precision import Dtype
 from train.ranks import Ranks, read_device
 from train.verify.config import LEARNING_RATE, ObservedRun
 from train.verify.observation import write_observations
 from train.verify.observe import observe
 from train.verify.plain import observe_plainly
+from train.verify.spread import ORDERS
 
 OBSERVED_FILE = "verify.yaml"  # in place of a run's config.yaml
-REFERENCE_FILE = "reference.pt"
 
 log = logging.getLogger(__name__)
 
@@ -22,13 +24,25 @@ def layout_path(folder: Path, rank: int) -> Path:
     return folder / f"layout-{rank:05}.pt"
 
 
+def reference_path(folder: Path, order: int) -> Path:
+    return folder / f"reference-{order}.pt"
+
+
+def count_orders(config: RunConfig) -> int:
+    """References that are needed: in BF16 some in other orders, to know what is rounding."""
+    return 1 if config.precision.dtype is Dtype.fp32 else 1 + ORDERS
+
+
 def observe_reference(config: ObservedRun) -> None:
     """Take the reference's steps, in this process alone: the first rank, before it has a group."""
-    seen = observe_plainly(
-        config, steps=config.verify.steps, lr=LEARNING_RATE, device=read_device()
-    )
-    path = Path(config.run_dir) / REFERENCE_FILE
-    write_observations(path, _report_steps(seen, "plain PyTorch", config.verify.steps))
+    steps = config.verify.steps
+    for order in range(count_orders(config)):
+        seen = observe_plainly(
+            config, steps=steps, lr=LEARNING_RATE, device=read_device(), order=order
+        )
+        who = "plain PyTorch" + (f", order {order}" if order else "")
+        path = reference_path(Path(config.run_dir), order)
+        write_observations(path, _report_steps(seen, who, steps))
 
 
 def observe_layout(config: ObservedRun, ranks: Ranks) -> Outcome:
