@@ -22,11 +22,10 @@ import psutil
 
 from launch.interface import interface_towards
 from launch.node_ranks import NodeRanks, killing_signal, rank_environment, start_ranks
-from launch.order import Order, decode
+from launch.order import RUN_VARIABLE, Order, decode
+from train.stall import ATTEMPT_VARIABLE
 
 MARK = "@thrifty "
-RUN_VARIABLE = "THRIFTY_RUN"  # in the environment of every process of a launch: its id
-ATTEMPT_VARIABLE = "THRIFTY_ATTEMPT"
 HEARTBEAT_SECONDS = 2.0
 POLL_SECONDS = 0.2
 CLOSED = ""  # what a closed standard input reads as
@@ -87,7 +86,7 @@ def _watch(order: Order, ranks: NodeRanks, words: "queue.Queue[str]") -> None:
             word = "silence" if now - heard > order.lost_after_seconds else ""
         if word == "kill" or (word == "silence" and not is_stopping):
             if word == "silence":
-                tell("alone", stopped=[])
+                tell("alone")
             ranks.kill()
         elif word in ("stop", "gone") and not is_stopping:
             is_stopping, deadline = True, now + order.grace_seconds
@@ -95,7 +94,7 @@ def _watch(order: Order, ranks: NodeRanks, words: "queue.Queue[str]") -> None:
         if deadline is not None and now > deadline:
             ranks.kill()
         if now - told > HEARTBEAT_SECONDS:
-            tell("alive", stopped=ranks.find_stopped())
+            tell("alive")
             told = now
     if is_stopping:
         ranks.end_orphans()

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from data.config import DATA_KINDS
-from launch.hosts import check_host_keys, find_hosts
+from launch.hosts import Host, check_host_keys, find_hosts
 from launch.supervision import DoctorConfig, SupervisionConfig, check_supervision
 from model.config import MODEL_KINDS
 from train.config import RunConfig, check_run
@@ -56,6 +56,14 @@ class HostsLaunch(LaunchConfig):
     interface: str | None = None
     #: Port on the first node at which ranks meet; null: a free one for each attempt.
     port: int | None = None
+
+    def list_hosts(self) -> list[Host]:
+        """The hosts in order of preference.
+
+        Raises:
+            ValueError: A name is no host's, stands twice, or the file can't be read.
+        """
+        return find_hosts(self.hosts, self.hostfile, processes=self.processes)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -185,7 +193,7 @@ def _check_local(launch: LocalLaunch) -> None:
 
 def _check_hosts(launch: HostsLaunch) -> None:
     check_host_keys(launch.hosts, launch.hostfile)
-    hosts = find_hosts(launch.hosts, launch.hostfile, processes=launch.processes)
+    hosts = launch.list_hosts()
     if len(hosts) < launch.nodes:
         raise ValueError(
             f"launch.nodes={launch.nodes}, but only {len(hosts)} hosts are given "

@@ -21,11 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from data.config import DataConfig, MixtureData
+from launch.answer import ask_here
 from launch.begin import settle
 from launch.compose import Job, run_jobs, worst
 from launch.config import HostsLaunch, LaunchedRun, LocalLaunch
-from launch.hosts import find_hosts
-from launch.local_node import ask_here
 from launch.probe import mark_path
 from launch.ssh import ask_all
 from train.outcome import ExitCode
@@ -154,8 +153,7 @@ def _hosts(config: LaunchedRun) -> list[str]:
     launch = config.launch
     match launch:
         case HostsLaunch():
-            found = find_hosts(launch.hosts, launch.hostfile, processes=launch.processes)
-            return [host.name for host in found]
+            return [host.name for host in launch.list_hosts()]
         case LocalLaunch():
             return ["localhost"]
         case _:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from launch.config import HostsLaunch, OpenMPILaunch, SlurmLaunch
 from launch.node_ranks import module_environment
-from launch.order import SECRET, passed_environment
+from launch.order import RUN_VARIABLE, SECRET, passed_environment
 from launch.ssh import OPTIONS
+from train.stall import ATTEMPT_VARIABLE
 
 HOSTFILE = "hostfile"
 ENVIRONMENT_FILE = "deepspeed_env"
@@ -36,7 +37,7 @@ def srun_command(launch: SlurmLaunch, run_dir: Path, hosts: list[str]) -> list[s
 def mpirun_command(launch: OpenMPILaunch, run_dir: Path, hosts: list[str]) -> list[str]:
     """Open MPI over ssh; variables travel by name, their values don't stand on the command line."""
     names = {*passed_environment(), *module_environment(), "MASTER_ADDR", "MASTER_PORT"}
-    names |= {"THRIFTY_RUN", "THRIFTY_ATTEMPT"}
+    names |= {RUN_VARIABLE, ATTEMPT_VARIABLE}
     command = [
         "mpirun",
         *("-np", str(len(hosts) * launch.processes)),

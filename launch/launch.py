@@ -11,7 +11,6 @@ from launch.compose import Job, run_jobs, worst
 from launch.config import HostsLaunch, LaunchedRun, SlurmLaunch, TorchrunLaunch
 from launch.doctor import examine, report
 from launch.help import describe_launch
-from launch.hosts import find_hosts
 from launch.node_ranks import LOOPBACK
 from launch.order import without_secrets
 from launch.slurm import submit, write_script
@@ -23,7 +22,7 @@ from launch.starters import (
     build_order,
     build_starter,
 )
-from launch.supervise import supervise
+from launch.supervise import Supervisor
 from launch.sweep import report_sweep
 from train.outcome import ExitCode, Status
 
@@ -67,7 +66,7 @@ def launch_job(job: Job) -> ExitCode:
                     "the nodes are not fit for this run (see above); mend them, take them out, or "
                     "launch all the same with launch.doctor.enabled=false"
                 )
-        outcome = supervise(config, build_starter(config.launch))
+        outcome = Supervisor(config, build_starter(config.launch)).run()
     if outcome.status is not Status.finished:
         log.error("%s: %s", outcome.status, outcome.reason)
     if outcome.status is Status.interrupted:
@@ -89,7 +88,7 @@ def show_job(job: Job) -> ExitCode:
         return ExitCode.FINISHED
     nodes = [Ready("localhost", LOOPBACK, 0)]
     if isinstance(launch, HostsLaunch):
-        hosts = find_hosts(launch.hosts, launch.hostfile, processes=launch.processes)
+        hosts = launch.list_hosts()
         print(f"# spares: {', '.join(host.name for host in hosts[launch.nodes :]) or 'none'}")
         nodes = [Ready(host.name, host.name, launch.port or 0) for host in hosts[: launch.nodes]]
     attempt = Attempt(run_dir, "RUN_ID", 1, nodes, launch)

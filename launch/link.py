@@ -5,12 +5,16 @@ import json
 import subprocess
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from queue import Queue
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from launch.agent import MARK
+
+FIRST_WORD_SECONDS = 60.0  # that a node may take to start its Python
+
+Hear = Callable[[str, str], None]  # takes the host (empty where that is not known) and a line
 
 
 class Event(NamedTuple):
@@ -21,37 +25,61 @@ class Event(NamedTuple):
     values: dict[str, Any]
 
 
-class Link(Protocol):
-    """A node, or all nodes at once where somebody else (srun, mpirun) starts them."""
+class Link(ABC):
+    """A process behind which ranks run. What it prints is heard line by line, in a thread."""
 
-    @property
-    def hosts(self) -> list[str]: ...
-
-    def say(self, word: str) -> None: ...
-
-    def poll(self) -> int | None: ...
-
-    def end(self) -> None: ...
-
-
-@dataclass(slots=True)
-class AgentLink:
-    """One node's agent. Its events go to `events`, the ranks' words to `hear`, line by line."""
-
-    host: str
-    process: subprocess.Popen[str]
-    events: "Queue[Event]"
-    hear: Callable[[str, str], None]  # host, line
-    heard: float = field(default_factory=time.monotonic)  # when the node last said anything
-    has_spoken: bool = False
-    has_ended: bool = False  # the agent has told the end of its ranks
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self, hosts: list[str], process: subprocess.Popen[str], events: "Queue[Event]", hear: Hear
+    ) -> None:
+        self.hosts = hosts
+        self.process = process
+        self.events = events
+        self.hear = hear
         threading.Thread(target=self._listen, daemon=True).start()
 
+    @abstractmethod
+    def say(self, word: str) -> None:
+        """`stop` (save and end), `kill`, or `alive`."""
+
     @property
-    def hosts(self) -> list[str]:
-        return [self.host]
+    def is_over(self) -> bool:
+        """Whether its ranks have ended."""
+        return self.process.poll() is not None
+
+    def find_silent(self, limit: float) -> list[str]:  # noqa: ARG002 (nothing is known of nodes)
+        """Hosts of which nothing has been heard for longer than `limit` seconds."""
+        return []
+
+    def end(self) -> None:
+        """Give it up: end the process here, whatever goes on there."""
+        with contextlib.suppress(OSError):
+            self.process.kill()
+        self.process.wait()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None, "opened as a pipe"
+        for line in self.process.stdout:
+            self._take(line)
+        self._close(self.process.wait())
+
+    def _take(self, line: str) -> None:
+        self.hear("", line)
+
+    def _close(self, code: int) -> None:
+        self.events.put(Event("", "ended", {"code": code, "signal": None}))
+
+
+class AgentLink(Link):
+    """One node's agent, which tells events among the ranks' words."""
+
+    def __init__(
+        self, host: str, process: subprocess.Popen[str], events: "Queue[Event]", hear: Hear
+    ) -> None:
+        self.host = host
+        self.has_ended = False  # the agent has told the end of its ranks
+        self._heard = time.monotonic()
+        self._has_spoken = False
+        super().__init__([host], process, events, hear)
 
     def say(self, word: str) -> None:
         """A word to the agent; one that is gone hears nothing."""
@@ -60,61 +88,38 @@ class AgentLink:
             self.process.stdin.write(f"{word}\n")
             self.process.stdin.flush()
 
-    def poll(self) -> int | None:
-        return self.process.poll()
+    @property
+    def is_over(self) -> bool:
+        return self.has_ended
 
-    def end(self) -> None:
-        """Give the node up: end the process here, whatever goes on there."""
-        with contextlib.suppress(OSError):
-            self.process.kill()
-        self.process.wait()
+    def find_silent(self, limit: float) -> list[str]:
+        if not self._has_spoken:
+            limit = max(limit, FIRST_WORD_SECONDS)
+        is_silent = not self.has_ended and time.monotonic() - self._heard > limit
+        return [self.host] if is_silent else []
 
-    def _listen(self) -> None:
-        assert self.process.stdout is not None, "opened as a pipe"
-        for line in self.process.stdout:
-            self.heard, self.has_spoken = time.monotonic(), True
-            event = _parse(line)
-            if event is None:
-                self.hear(self.host, line)
-            else:
-                name = event.pop("event")
-                self.has_ended = self.has_ended or name == "ended"
-                self.events.put(Event(self.host, name, event))
-        self.events.put(Event(self.host, "closed", {"code": self.process.wait()}))
+    def _take(self, line: str) -> None:
+        self._heard, self._has_spoken = time.monotonic(), True
+        event = _parse(line)
+        if event is None:
+            self.hear(self.host, line)
+        else:
+            name = event.pop("event")
+            self.has_ended = self.has_ended or name == "ended"
+            self.events.put(Event(self.host, name, event))
+
+    def _close(self, code: int) -> None:
+        self.events.put(Event(self.host, "closed", {"code": code, "is_over": self.has_ended}))
 
 
-@dataclass(slots=True)
-class JobLink:
-    """All nodes behind one process of somebody else's. Signals reach the ranks through it."""
-
-    hosts: list[str]
-    process: subprocess.Popen[str]
-    events: "Queue[Event]"
-    hear: Callable[[str, str], None]
-
-    def __post_init__(self) -> None:
-        threading.Thread(target=self._listen, daemon=True).start()
+class JobLink(Link):
+    """All nodes behind one process of somebody else's; signals reach the ranks through it."""
 
     def say(self, word: str) -> None:
         if word == "stop":
             self.process.terminate()
         elif word == "kill":
             self.process.kill()
-
-    def poll(self) -> int | None:
-        return self.process.poll()
-
-    def end(self) -> None:
-        with contextlib.suppress(OSError):
-            self.process.kill()
-        self.process.wait()
-
-    def _listen(self) -> None:
-        assert self.process.stdout is not None, "opened as a pipe"
-        for line in self.process.stdout:
-            self.hear("", line)
-        code = self.process.wait()
-        self.events.put(Event("", "ended", {"code": code, "signal": None}))
 
 
 def _parse(line: str) -> dict[str, Any] | None:

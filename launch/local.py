@@ -23,7 +23,8 @@ def run_ranks(run_dir: Path, launch: LaunchConfig) -> Outcome:
     (run_dir / OUTCOME_FILE).unlink(missing_ok=True)
     for rank in range(1, launch.processes):
         log_path(run_dir, rank).unlink(missing_ok=True)
-    process = start_ranks(run_dir, local_world(launch), local_environment(launch))
+    world = World(["localhost"], 0, launch.processes, LOOPBACK, free_port())
+    process = start_ranks(run_dir, world, local_environment(launch, world))
     ranks = NodeRanks(process, run_dir)
     with on_stop_signal(ranks.stop):
         process.wait()
@@ -43,16 +44,11 @@ def run_ranks(run_dir: Path, launch: LaunchConfig) -> Outcome:
     return Outcome(status=Status.failed, step=-1, reason=reason)
 
 
-def local_world(launch: LaunchConfig) -> World:
-    """This machine as the only node."""
-    return World(["localhost"], 0, launch.processes, LOOPBACK, free_port())
-
-
-def local_environment(launch: LaunchConfig) -> dict[str, str]:
+def local_environment(launch: LaunchConfig, world: World) -> dict[str, str]:
     """The ranks' environment on this machine: they meet on the loopback interface, whatever the
     host's name resolves to."""
     return rank_environment(
-        local_world(launch),
+        world,
         threads=threads_of(launch),
         is_explicit=launch.threads_per_process is not None,
         interface="lo",

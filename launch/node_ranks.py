@@ -76,15 +76,6 @@ class NodeRanks:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
-    def find_stopped(self) -> list[int]:
-        """Local places of ranks that are halted (SIGSTOP) and can't say so themselves."""
-        stopped = []
-        for process in self._ranks():
-            with suppress(psutil.Error, ValueError):
-                if process.status() == psutil.STATUS_STOPPED:
-                    stopped.append(int(process.environ().get("LOCAL_RANK", "0")))
-        return sorted(stopped)
-
     def stop(self) -> None:
         """Ask the ranks to save and end; asked a third time, kill them."""
         self.num_signals += 1

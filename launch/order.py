@@ -13,6 +13,7 @@ from launch.node_ranks import World
 PASSED = re.compile(
     r"^(NCCL|GLOO|TORCH|CUDA|DS|WANDB|HF|FI|UCX|OMP|MKL|KMP|TRITON|PYTORCH|THRIFTY|LC)_|^LANG$"
 )
+RUN_VARIABLE = "THRIFTY_RUN"  # in the environment of every process of a launch: its id
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 

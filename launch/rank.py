@@ -13,6 +13,7 @@ from pathlib import Path
 
 from launch.bound import become
 from launch.interface import interface_towards
+from train.stall import ATTEMPT_VARIABLE
 
 # Where starters that know nothing of torch say what torch wants to know.
 NAMES = {
@@ -21,7 +22,6 @@ NAMES = {
     "LOCAL_RANK": ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK"),
     "LOCAL_WORLD_SIZE": ("SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
 }
-ATTEMPT = "THRIFTY_ATTEMPT"
 
 
 def log_path(run_dir: Path, rank: int) -> Path:
@@ -62,8 +62,8 @@ def redirect_output(path: Path) -> None:
     """Append what this process prints, C libraries included, to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        if ATTEMPT in os.environ:
-            file.write(f"--- start {os.environ[ATTEMPT]}\n")
+        if ATTEMPT_VARIABLE in os.environ:
+            file.write(f"--- start {os.environ[ATTEMPT_VARIABLE]}\n")
             file.flush()
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())

@@ -1,13 +1,12 @@
 """Commands on other nodes over ssh, without a shell string from config values."""
 
-import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from launch.answer import ask
 from launch.config import HostsLaunch, SshLaunch
 from launch.node_ranks import module_environment
 
@@ -50,34 +49,12 @@ def ask_all(
     `inputs` are fed to the commands' standard inputs.
     """
 
-    def ask(place: int) -> dict[str, Any]:
+    def ask_host(place: int) -> dict[str, Any]:
+        command = remote_command(launch, hosts[place], module, arguments)
         try:
-            done = subprocess.run(  # noqa: S603 (a list; the remote words are quoted)
-                remote_command(launch, hosts[place], module, arguments),
-                input=inputs[place] if inputs else "",
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=seconds,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return {"problem": f"no answer within {seconds:.0f} s"}
+            return ask(command, inputs[place] if inputs else "", seconds=seconds)
         except OSError as error:
             return {"problem": f"ssh can't be started here ({error}); install an ssh client"}
-        return read_answer(done)
 
     with ThreadPoolExecutor(min(len(hosts), MAX_AT_ONCE)) as pool:
-        return list(pool.map(ask, range(len(hosts))))
-
-
-def read_answer(done: "subprocess.CompletedProcess[str]") -> dict[str, Any]:
-    lines = done.stdout.strip().splitlines()
-    try:
-        answer = json.loads(lines[-1]) if lines else None
-    except ValueError:
-        answer = None
-    if isinstance(answer, dict):
-        return answer
-    words = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
-    return {"problem": words.splitlines()[-1]}
+        return list(pool.map(ask_host, range(len(hosts))))

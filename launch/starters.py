@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from queue import Queue
 from typing import NamedTuple, Protocol
@@ -16,7 +15,6 @@ from launch.config import (
     SlurmLaunch,
     SshLaunch,
 )
-from launch.hosts import find_hosts
 from launch.interface import address_towards
 from launch.job_commands import (
     mpirun_command,
@@ -25,12 +23,11 @@ from launch.job_commands import (
     srun_command,
     write_pdsh_files,
 )
-from launch.link import AgentLink, Event, JobLink, Link
+from launch.link import AgentLink, Event, Hear, JobLink, Link
 from launch.node_ranks import LOOPBACK, free_port, module_environment
-from launch.order import Order, encode, passed_environment
+from launch.order import RUN_VARIABLE, Order, encode, passed_environment
 from launch.ssh import ask_all, remote_command
-
-Hear = Callable[[str, str], None]
+from train.stall import ATTEMPT_VARIABLE
 
 
 class Ready(NamedTuple):
@@ -49,6 +46,10 @@ class Attempt(NamedTuple):
     number: int
     nodes: list[Ready]
     launch: LaunchConfig
+
+    def hosts_of(self, ranks: list[int]) -> list[str]:
+        """Where these ranks are."""
+        return [self.nodes[rank // self.launch.processes].host for rank in ranks]
 
 
 class Starter(Protocol):
@@ -84,8 +85,7 @@ class SshStarter:
     def find_ready(self) -> list[Ready]:
         """The hosts that answer, in the order in which they are listed, spares included."""
         launch = self.launch
-        hosts = find_hosts(launch.hosts, launch.hostfile, processes=launch.processes)
-        names = [host.name for host in hosts]
+        names = [host.name for host in launch.list_hosts()]
         answers = ask_all(launch, names, "launch.hello", [launch.interface or ""], seconds=30)
         return [
             Ready(name, str(answer["address"]), launch.port or int(answer["port"]))
@@ -110,10 +110,10 @@ class JobStarter:
         match self.launch:
             case SlurmLaunch():
                 return _find_allocated()
-            case HostsLaunch(hosts=given, hostfile=hostfile, processes=processes, port=port):
-                hosts = find_hosts(given, hostfile, processes=processes)
+            case HostsLaunch() as launch:
+                hosts = launch.list_hosts()
                 address = hosts[0].name.rpartition("@")[2]
-                return [Ready(host.name, address, port or free_port("")) for host in hosts]
+                return [Ready(host.name, address, launch.port or free_port("")) for host in hosts]
             case _:
                 raise AssertionError(f"no job for launch={self.launch.kind}")
 
@@ -125,23 +125,8 @@ class JobStarter:
             hosts = [node.host for node in attempt.nodes]
             write_pdsh_files(self.launch, attempt.run_dir, hosts, job_environment(attempt))
             extra = pdsh_environment(attempt.run_dir)
-        process = subprocess.Popen(  # noqa: S603 (a list, no shell)
-            command,
-            env={
-                **os.environ,
-                **module_environment(),
-                **job_environment(attempt),
-                **extra,
-                "MASTER_ADDR": first.address,
-                "MASTER_PORT": str(first.port),
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
+        extra |= {"MASTER_ADDR": first.address, "MASTER_PORT": str(first.port)}
+        process = _open(command, job_environment(attempt) | extra, stdin=subprocess.DEVNULL)
         return [JobLink([node.host for node in attempt.nodes], process, events, hear)]
 
     def commands(self, attempt: Attempt) -> list[list[str]]:
@@ -196,7 +181,7 @@ def build_order(attempt: Attempt, node: int) -> Order:
 
 def job_environment(attempt: Attempt) -> dict[str, str]:
     """What tells the processes of an attempt from those of earlier ones."""
-    return {"THRIFTY_RUN": attempt.run_id, "THRIFTY_ATTEMPT": str(attempt.number)}
+    return {RUN_VARIABLE: attempt.run_id, ATTEMPT_VARIABLE: str(attempt.number)}
 
 
 def _start_agents(
@@ -204,20 +189,25 @@ def _start_agents(
 ) -> list[Link]:
     links: list[Link] = []
     for node, command in enumerate(commands):
-        process = subprocess.Popen(  # noqa: S603 (a list, no shell)
-            command,
-            env={**os.environ, **module_environment()},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # the terminal's Ctrl-C reaches this process alone
-        )
+        process = _open(command, {}, stdin=subprocess.PIPE)
         link = AgentLink(attempt.nodes[node].host, process, events, hear)
         link.say(encode(build_order(attempt, node)))
         links.append(link)
     return links
+
+
+def _open(command: list[str], environment: dict[str, str], *, stdin: int) -> subprocess.Popen[str]:
+    """The process, with what it prints as lines of text."""
+    return subprocess.Popen(  # noqa: S603 (a list, no shell)
+        command,
+        env={**os.environ, **module_environment(), **environment},
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # the terminal's Ctrl-C reaches this process alone
+    )
 
 
 def _find_allocated() -> list[Ready]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from queue import Empty, Queue
 
 from launch.config import LaunchedRun
-from launch.link import AgentLink, Event, Link
+from launch.link import Event, Link
 from launch.starters import Attempt, Ready, Starter
 from launch.supervision import backoff
 from launch.timeline import Timeline
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 WORD_SECONDS = 2.0  # between signs of life to the agents
-FIRST_WORD_SECONDS = 60.0  # that a node may take to start its Python
 END_SECONDS = 10.0  # that killed nodes get to report before their links are cut
 
 
@@ -106,10 +105,9 @@ class Supervisor:
             reason = "stopped before the ranks had anything to save"
             return Outcome(status=Status.interrupted, step=-1, reason=reason), None
         if stall is not None:
-            hosts = [names[rank // self.config.launch.processes] for rank in stall.missing]
-            return none, Failure(stall.summary, hosts)
+            return none, Failure(stall.summary, attempt.hosts_of(stall.missing))
         if outcome is not None and (outcome.is_final or outcome.at_fault or failure is None):
-            hosts = [names[rank // self.config.launch.processes] for rank in outcome.at_fault]
+            hosts = attempt.hosts_of(outcome.at_fault)
             return none, Failure(outcome.reason, hosts, is_final=outcome.is_final)
         return none, failure or Failure("the ranks ended without leaving an outcome")
 
@@ -144,21 +142,22 @@ class Supervisor:
             if time.monotonic() - told > WORD_SECONDS:
                 told = time.monotonic()
                 for link in links:
-                    link.say("alive") if isinstance(link, AgentLink) else None
+                    link.say("alive")
             try:
                 event = events.get(timeout=POLL_SECONDS)
             except Empty:
-                lost = _find_lost(links, self.rules.lost_after_seconds)
+                limit = self.rules.lost_after_seconds
+                lost = [host for link in links for host in link.find_silent(limit)]
                 if lost:
                     return Failure(f"nothing was heard of {', '.join(lost)}", lost)
                 continue
-            ended = self._judge(event, links)
-            if isinstance(ended, Failure):
-                return ended
-            if all(_is_over(link) for link in links):
+            failure = self._judge(event)
+            if failure is not None:
+                return failure
+            if all(link.is_over for link in links):
                 return None
 
-    def _judge(self, event: Event, links: list[Link]) -> Failure | None:
+    def _judge(self, event: Event) -> Failure | None:
         """What an event means for the start; None where it goes on."""
         values = event.values
         match event.name:
@@ -167,11 +166,9 @@ class Supervisor:
                 self.timeline.note("swept", text)
             case "alone":
                 return Failure(f"{event.host} lost its link to the launcher", [event.host])
-            case "closed":
-                link = next(link for link in links if link.hosts == [event.host])
-                if isinstance(link, AgentLink) and not link.has_ended:
-                    reason = f"the link to {event.host} broke (exit code {values['code']})"
-                    return Failure(reason, [event.host])
+            case "closed" if not values["is_over"]:
+                reason = f"the link to {event.host} broke (exit code {values['code']})"
+                return Failure(reason, [event.host])
             case "ended":
                 return _judge_end(event)
         return None
@@ -215,28 +212,12 @@ def _judge_end(event: Event) -> Failure | None:
     return Failure(f"a rank {where} {what}", [event.host] if event.host else [])
 
 
-def _is_over(link: Link) -> bool:
-    return link.has_ended if isinstance(link, AgentLink) else link.poll() is not None
-
-
-def _find_lost(links: list[Link], limit: float) -> list[str]:
-    """Hosts of which nothing has been heard for longer than `limit` seconds."""
-    now = time.monotonic()
-    agents = [link for link in links if isinstance(link, AgentLink)]
-    return [
-        link.host
-        for link in agents
-        if not link.has_ended
-        and now - link.heard > (limit if link.has_spoken else max(limit, FIRST_WORD_SECONDS))
-    ]
-
-
 def _end_all(links: list[Link]) -> None:
     """No process of the start is left, as far as its nodes can be reached."""
     for link in links:
         link.say("kill")
     deadline = time.monotonic() + END_SECONDS
-    while time.monotonic() < deadline and any(link.poll() is None for link in links):
+    while time.monotonic() < deadline and any(link.process.poll() is None for link in links):
         time.sleep(POLL_SECONDS)
     for link in links:
         link.end()
@@ -244,8 +225,3 @@ def _end_all(links: list[Link]) -> None:
 
 def _describe(outcome: Outcome) -> str:
     return f"at step {outcome.step}" + (f": {outcome.reason}" if outcome.reason else "")
-
-
-def supervise(config: LaunchedRun, starter: Starter) -> Outcome:
-    """The outcome of a run that is kept alive as `launch.supervision` says."""
-    return Supervisor(config, starter).run()

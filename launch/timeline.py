@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -41,9 +41,7 @@ class Timeline:
         moment = Moment(
             time=time.time(), event=event, text=text, attempt=attempt, hosts=hosts or []
         )
-        line = json.dumps(
-            {name: getattr(moment, name) for name in ("time", "event", "text", "attempt", "hosts")}
-        )
+        line = json.dumps(asdict(moment))
         log.info("%s", moment.describe())
         with suppress(OSError), self.path.open("a") as file:  # a full disk must not end the watch
             file.write(line + "\n")

@@ -4,7 +4,6 @@ RUN/stalls/start-0002/rank-00000.json      one rank's own words
 RUN/stalls/start-0002/explanation.json     what they come to; explanation.md for people
 """
 
-import json
 import os
 import socket
 import sys
@@ -17,13 +16,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.atomic_file import write_aside, write_json
+from data.atomic_file import read_json, write_aside, write_json
 from model.whereabouts import HERE
 
 FOLDER = "stalls"
 HEARTBEATS = "heartbeats"
 EXPLANATION = "explanation.json"
 COMPUTING = "computing"
+ATTEMPT_VARIABLE = "THRIFTY_ATTEMPT"  # in the environment of ranks: the number of their start
 
 
 @dataclass(slots=True, kw_only=True)
@@ -180,7 +180,7 @@ def read_statements(folder: Path) -> dict[int, Statement]:
     found = {}
     for path in folder.glob("rank-*.json"):
         with suppress(OSError, ValueError, TypeError, KeyError):
-            words = Statement(**_read_object(path))
+            words = Statement(**read_json(path))
             found[words.rank] = words
     return found
 
@@ -203,12 +203,5 @@ def write_explanation(
 def read_explanation(run_dir: Path, *, attempt: int) -> Explanation | None:
     """Why that start stalled; None where it did not."""
     with suppress(OSError, ValueError, TypeError):
-        return Explanation(**_read_object(stall_folder(run_dir, attempt=attempt) / EXPLANATION))
+        return Explanation(**read_json(stall_folder(run_dir, attempt=attempt) / EXPLANATION))
     return None
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    values = json.loads(path.read_text())
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no object")
-    return values

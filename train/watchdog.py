@@ -18,6 +18,7 @@ from model.whereabouts import HERE
 from train.outcome import ExitCode
 from train.ranks import Ranks
 from train.stall import (
+    ATTEMPT_VARIABLE,
     HEARTBEATS,
     explain,
     read_statements,
@@ -29,7 +30,6 @@ from train.stall import (
 
 log = logging.getLogger(__name__)
 
-ATTEMPT_VARIABLE = "THRIFTY_ATTEMPT"
 REMEMBERED_STEPS = 50
 # What takes long by right: these have a limit of their own.
 SLOW_ACTIVITIES = ("start", "evaluation", "checkpoint")
