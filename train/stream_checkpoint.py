@@ -32,10 +32,12 @@ class Run(NamedTuple):
         return f"{self.name}@{self.start}"
 
 
-def write_checkpoint(run_dir: Path, runs: Sequence[Run], about: Mapping[str, Any]) -> Path:
+def write_checkpoint(
+    run_dir: Path, runs: Sequence[Run], about: Mapping[str, Any], *, stage: str = "checkpoint"
+) -> Path:
     """Write and publish the checkpoint of step `about["step"]`; its folder.
 
-    Host memory holds one run at a time.
+    Host memory holds one run at a time; progress is shown as `stage`.
 
     Raises:
         OSError: The disk is full or fails; no checkpoint has come to be.
@@ -45,7 +47,7 @@ def write_checkpoint(run_dir: Path, runs: Sequence[Run], about: Mapping[str, Any
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        parts = _write_parts(partial, runs)
+        parts = _write_parts(partial, runs, stage)
         files = {part.file: part.stored for part in parts}
         write_manifest(partial, Manifest(tensors=merge_runs(parts), files=files, **about))
         sync_folder(partial)
@@ -57,12 +59,12 @@ def write_checkpoint(run_dir: Path, runs: Sequence[Run], about: Mapping[str, Any
     return final
 
 
-def _write_parts(partial: Path, runs: Sequence[Run]) -> list[Part]:
+def _write_parts(partial: Path, runs: Sequence[Run], stage: str) -> list[Part]:
     by_key = {run.key: run for run in runs}
     specs = [TensorSpec(run.key, run.dtype, (run.numel,)) for run in runs]
     parts = []
     total_bytes = sum(spec.num_bytes for spec in specs)
-    with open_progress().stage("checkpoint", total_bytes=total_bytes) as advance:
+    with open_progress().stage(stage, total_bytes=total_bytes) as advance:
         for number, shard in enumerate(cut_shards(specs, shard_bytes=SHARD_BYTES)):
             file = f"part-{number:05}.safetensors"
             values = (by_key[spec.name].read().flatten().to(spec.dtype) for spec in shard)

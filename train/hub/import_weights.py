@@ -7,52 +7,34 @@ continues it.
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from omegaconf import OmegaConf
-from torch import Tensor
 
-from data.progress import open_progress
 from data.tokenizer import load_tokenizer
 from model.config import ModelConfig
 from model.transformer import Transformer
-from train.checkpoint import PARTIAL, Checkpoints
-from train.config import CONFIG_FILE, RunConfig
+from train.checkpoint import Checkpoints
+from train.config import CONFIG_FILE, RunConfig, describe_config
 from train.hub.config import FILE, HubConfig, from_hub_config, read_hub_config
 from train.hub.folder import HubFolder
 from train.hub.names import MODEL, Family, HubTensor, hub_tensors
-from train.manifest import Manifest, Part, Piece, StoredTensor, merge_runs, write_manifest
 from train.progress import Progress
-from train.tensor_file import BLOCK_BYTES, sync_folder
-from train.tensor_stream import TensorSpec, cut_shards, write_stream
+from train.stream_checkpoint import Run, write_checkpoint
+from train.tensor_file import BLOCK_BYTES
 
 log = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-SHARD_BYTES = 8_000_000_000
 
 
 class Imported(NamedTuple):
     step_folder: Path
     num_tensors: int  # of the published folder
     parameters: int
-
-
-class _Run(NamedTuple):
-    """A run of a logical tensor's elements in the checkpoint; `source` None: zeros."""
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    numel: int
-    source: HubTensor | None
-
-    @property
-    def key(self) -> str:
-        return f"{self.name}@{self.start}"
 
 
 def describe_model(published: Path) -> ModelConfig:
@@ -101,25 +83,18 @@ def import_weights(published: Path, config: RunConfig) -> Imported:
     folder.check_coverage(tensors)
     _check_copies(folder, tensors)
 
-    partial = checkpoints.path(0).with_name(checkpoints.path(0).name + PARTIAL)
-    partial.mkdir(parents=True, exist_ok=True)
-    parts = _write_parts(partial, folder, list(_plan(tensors, config.model)))
-    manifest = Manifest(
-        step=0,
-        progress=asdict(Progress()),
-        tokenizer=tokenizer.fingerprint,
-        layout={"ranks": 1, "expert": 1},
-        versions={name: version(name) for name in ("thrifty", "torch")},
-        config=_plain_values(config),
-        tensors=merge_runs(parts),
-        files={part.file: part.stored for part in parts},
-    )
-    write_manifest(partial, manifest)
-    sync_folder(partial)
-    partial.rename(checkpoints.path(0))
-    sync_folder(checkpoints.folder)
+    about = {
+        "step": 0,
+        "progress": asdict(Progress()),
+        "tokenizer": tokenizer.fingerprint,
+        "layout": {"ranks": 1, "expert": 1},
+        "versions": {name: version(name) for name in ("thrifty", "torch")},
+        "config": describe_config(config),
+    }
+    runs = list(_plan(folder, tensors, config.model))
+    step_folder = write_checkpoint(run_dir, runs, about, stage="import")
     sizes = [torch.Size(t.shape).numel() for t in tensors if not (t.is_copy or t.is_bias)]
-    return Imported(checkpoints.path(0), len({t.name for t in tensors}), sum(sizes))
+    return Imported(step_folder, len({t.name for t in tensors}), sum(sizes))
 
 
 def _untie(tensors: list[HubTensor]) -> list[HubTensor]:
@@ -152,7 +127,7 @@ def _check_copies(folder: HubFolder, tensors: list[HubTensor]) -> None:
                 )
 
 
-def _plan(tensors: list[HubTensor], model: ModelConfig) -> Iterator[_Run]:
+def _plan(folder: HubFolder, tensors: list[HubTensor], model: ModelConfig) -> Iterator[Run]:
     """All runs of the checkpoint: each tensor with its moments, then the biases of V2's routers,
     which its folders lack."""
     with torch.device("meta"):
@@ -165,41 +140,17 @@ def _plan(tensors: list[HubTensor], model: ModelConfig) -> Iterator[_Run]:
             continue
         source, numel = tensor.source, torch.Size(tensor.shape).numel()
         sources.add(source)
-        yield _Run(source, shapes[source], tensor.start, numel, tensor)
+        read = partial(folder.read_values, tensor.name)
+        yield Run(source, shapes[source], tensor.start, numel, torch.float32, read)
         if not tensor.is_bias:
             for moment in MOMENTS:
                 name = source.replace("weight/", f"{moment}/")
-                yield _Run(name, shapes[source], tensor.start, numel, None)
+                yield _zeros(name, shapes[source], tensor.start, numel)
     for name in shapes.keys() - sources:
         assert name.startswith("buffer/"), f"{name} is in no table"
-        yield _Run(name, shapes[name], 0, torch.Size(shapes[name]).numel(), None)
+        yield _zeros(name, shapes[name], 0, torch.Size(shapes[name]).numel())
 
 
-def _write_parts(partial: Path, folder: HubFolder, runs: list[_Run]) -> list[Part]:
-    by_key = {run.key: run for run in runs}
-    specs = [TensorSpec(run.key, torch.float32, (run.numel,)) for run in runs]
-    parts = []
-    total_bytes = sum(spec.num_bytes for spec in specs)
-    with open_progress().stage("import", total_bytes=total_bytes) as advance:
-        for number, shard in enumerate(cut_shards(specs, shard_bytes=SHARD_BYTES)):
-            file = f"part-{number:05}.safetensors"
-            values = (_read(by_key[spec.name], folder) for spec in shard)
-            stored = write_stream(partial / file, shard, values, advance=advance)
-            entries = [
-                (run.name, StoredTensor(run.shape, "float32", [Piece(file, run.start, run.numel)]))
-                for run in (by_key[spec.name] for spec in shard)
-            ]
-            parts.append(Part(file, stored, entries))
-    return parts
-
-
-def _read(run: _Run, folder: HubFolder) -> Tensor:
-    if run.source is None:
-        return torch.zeros(1).expand(run.numel)
-    return folder.read_values(run.source.name).flatten()
-
-
-def _plain_values(config: RunConfig) -> dict[str, Any]:
-    values = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+def _zeros(name: str, shape: tuple[int, ...], start: int, numel: int) -> Run:
+    """So many zeros, which take no memory."""
+    return Run(name, shape, start, numel, torch.float32, lambda: torch.zeros(1).expand(numel))
