@@ -99,7 +99,7 @@ def _observe_step(
                 yield from _observe_terms(step, terms, parameters)
             torch.stack(list(terms.values())).sum().backward()
             _accumulate(model, masters)
-            total.update({name: float(loss) for name, loss in losses.items()})
+            total.update({name: float(loss.detach()) for name, loss in losses.items()})
             load = load.to(sums.load.device) + sums.load
     columns = range(config.data.seq_len)
     shape = (len(samples), config.data.seq_len)
