@@ -11,11 +11,8 @@ from typing import Any
 import pytest
 
 from model.config import ModelConfig, MTPConfig
-from model.mla import MLAConfig
-from model.moe import MoEConfig
 from model.recompute import Recompute
-from model.router import RouterConfig
-from tests.train.tiny import tiny_model, tiny_run
+from tests.train.tiny import tiny_attention, tiny_model, tiny_moe, tiny_run
 from tests.train.verification import verify
 from train.moments import Moments
 from train.optimizer import MuonConfig, OptimizerConfig
@@ -102,22 +99,8 @@ def describe(value: Any) -> str:
 
 def model(chunk: int | None) -> ModelConfig:
     """Four heads for four ranks, blocks for four stages, MTP two tokens ahead."""
-    attention = MLAConfig(
-        num_heads=4,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        nope_head_dim=8,
-        rope_head_dim=4,
-        v_head_dim=8,
-    )
-    moe = MoEConfig(
-        num_experts=8,
-        top_k=2,
-        expert_dim=16,
-        balance_loss_weight=0.01,
-        max_tokens_per_chunk=chunk,
-        router=RouterConfig(bias_update_speed=0.01),
-    )
+    attention = tiny_attention(num_heads=4)
+    moe = tiny_moe(max_tokens_per_chunk=chunk)
     return tiny_model(num_layers=4, attention=attention, moe=moe, mtp=MTPConfig(depth=2))
 
 

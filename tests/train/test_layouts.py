@@ -7,10 +7,8 @@ import pytest
 import torch
 
 from model.config import ModelConfig
-from model.moe import MoEConfig
 from model.recompute import Recompute
-from model.router import RouterConfig
-from tests.train.tiny import tiny_model
+from tests.train.tiny import moe_with_all_losses, tiny_model
 from tests.train.trained import STEPS, Trained, assert_same_training, train_layout
 from train.parallel import ZERO_STAGES
 from train.precision import Dtype
@@ -100,15 +98,7 @@ def test_every_layout_equals_one_rank(
 def test_v2s_group_losses_are_the_same_in_every_layout_and_change_the_run(
     tmp_path: Path, reference: Trained
 ) -> None:
-    moe = MoEConfig(
-        num_experts=8,
-        top_k=2,
-        expert_dim=16,
-        balance_loss_weight=0.01,
-        device_balance_loss_weight=0.05,
-        communication_balance_loss_weight=0.02,
-        router=RouterConfig(num_groups=4, top_groups=2, bias_update_speed=0.01),
-    )
+    moe = moe_with_all_losses()
     model = tiny_model(moe=moe)
     alone = train_layout(tmp_path / "alone", 1, model=model)
     spread = train_layout(tmp_path / "spread", 2, model=model, expert=2, accumulation=2)

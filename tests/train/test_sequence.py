@@ -8,11 +8,14 @@ import torch
 
 from model.config import GQAModelConfig, ModelConfig, MTPConfig
 from model.gqa import GQAConfig
-from model.mla import MLAConfig
-from model.moe import MoEConfig
 from model.recompute import Recompute
-from model.router import RouterConfig
-from tests.train.tiny import random_batches, tiny_model, tiny_run
+from tests.train.tiny import (
+    moe_with_all_losses,
+    random_batches,
+    tiny_attention,
+    tiny_model,
+    tiny_run,
+)
 from tests.train.trained import (
     Trained,
     assert_same_records,
@@ -27,23 +30,8 @@ from train.sequences import cut
 
 def four_heads() -> ModelConfig:
     """Latent attention with a head for each of four ranks, MTP two tokens ahead, all losses."""
-    attention = MLAConfig(
-        num_heads=4,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        nope_head_dim=8,
-        rope_head_dim=4,
-        v_head_dim=8,
-    )
-    moe = MoEConfig(
-        num_experts=8,
-        top_k=2,
-        expert_dim=16,
-        balance_loss_weight=0.01,
-        device_balance_loss_weight=0.05,
-        communication_balance_loss_weight=0.02,
-        router=RouterConfig(num_groups=4, top_groups=2, bias_update_speed=0.01),
-    )
+    attention = tiny_attention(num_heads=4)
+    moe = moe_with_all_losses()
     return tiny_model(attention=attention, moe=moe, mtp=MTPConfig(depth=2))
 
 

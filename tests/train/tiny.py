@@ -1,5 +1,6 @@
 """A run small enough for a test: model, config, and batches out of a seeded generator."""
 
+import email
 from pathlib import Path
 from typing import Any
 
@@ -31,34 +32,53 @@ def tiny_model(**changes: Any) -> ModelConfig:
         "num_layers": 3,
         "ffn_dim": 48,
         "init_std": 0.05,
-        "attention": MLAConfig(
-            num_heads=2,
-            q_lora_rank=16,
-            kv_lora_rank=16,
-            nope_head_dim=8,
-            rope_head_dim=4,
-            v_head_dim=8,
-        ),
-        "moe": MoEConfig(
-            num_experts=8,
-            top_k=2,
-            expert_dim=16,
-            balance_loss_weight=0.01,
-            router=RouterConfig(bias_update_speed=0.01),
-        ),
+        "attention": tiny_attention(),
+        "moe": tiny_moe(),
         "mtp": MTPConfig(depth=1),
     }
     return MLAModelConfig(**values | changes)
 
 
+def tiny_attention(*, num_heads: int = 2) -> MLAConfig:
+    return MLAConfig(
+        num_heads=num_heads,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        nope_head_dim=8,
+        rope_head_dim=4,
+        v_head_dim=8,
+    )
+
+
+def tiny_moe(**changes: Any) -> MoEConfig:
+    values: dict[str, Any] = {
+        "num_experts": 8,
+        "top_k": 2,
+        "expert_dim": 16,
+        "balance_loss_weight": 0.01,
+        "router": RouterConfig(bias_update_speed=0.01),
+    }
+    return MoEConfig(**values | changes)
+
+
+def moe_with_all_losses() -> MoEConfig:
+    """V2's device-level and communication losses beside the sequence-wise one."""
+    return tiny_moe(
+        device_balance_loss_weight=0.05,
+        communication_balance_loss_weight=0.02,
+        router=RouterConfig(num_groups=4, top_groups=2, bias_update_speed=0.01),
+    )
+
+
 def tiny_run(folder: Path, **changes: Any) -> RunConfig:
-    """A run over the tests' own source, eight sequences a step, logged at each step."""
+    """A run over a package of the standard library, eight sequences a step, logged at each step."""
     values: dict[str, Any] = {
         "run_dir": str(folder / "run"),
         "model": tiny_model(),
         "data": FilesData(
             folder=str(folder / "corpus"),
-            paths=[str(Path(__file__).parent / "*.py")],
+            # Not our own source: a near tie in routing would come and go with every edit of it.
+            paths=[str(Path(email.__file__).parent / "*.py")],
             validation_fraction=0.3,
             seq_len=SEQ_LEN,
             tokenizer=TokenizerConfig(vocab_size=512),
