@@ -1,8 +1,8 @@
 """`python -m launch.agent`: starts one node's ranks, watches them, and never leaves them alone.
 
 The launcher speaks through standard input: one line with the order, then a word now and then:
-`alive`, `stop` (save and end), `kill`. The agent answers on standard output: lines that begin with
-MARK are events as JSON, all others are the ranks' own words.
+`alive`, `stop` (save and end), `kill`. The agent answers on standard output: what follows MARK in a
+line is an event as JSON, all else are the ranks' own words.
 
 Where the launcher ends (standard input closes) the ranks save and end; where it falls silent (a cut
 link) they are killed: cut off, they can't finish a step, and the launcher starts them elsewhere.
@@ -53,9 +53,10 @@ def main() -> int:
 
 
 def tell(event: str, **values: Any) -> None:
-    """One event to the launcher; a launcher that is gone hears nothing."""
+    """One event to the launcher, in one write; a launcher that is gone hears nothing."""
     with contextlib.suppress(OSError, ValueError):
-        print(MARK + json.dumps({"event": event, **values}), flush=True)
+        sys.stdout.write(f"{MARK}{json.dumps({'event': event, **values})}\n")
+        sys.stdout.flush()
 
 
 def sweep(run_id: str, attempt: int) -> int:

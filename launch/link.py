@@ -100,13 +100,13 @@ class AgentLink(Link):
 
     def _take(self, line: str) -> None:
         self._heard, self._has_spoken = time.monotonic(), True
-        event = _parse(line)
-        if event is None:
-            self.hear(self.host, line)
-        else:
+        words, event = split_line(line)
+        if words:
+            self.hear(self.host, words)
+        if event is not None:
             name = event.pop("event")
-            self.has_ended = self.has_ended or name == "ended"
             self.events.put(Event(self.host, name, event))
+            self.has_ended = self.has_ended or name == "ended"
 
     def _close(self, code: int) -> None:
         self.events.put(Event(self.host, "closed", {"code": code, "is_over": self.has_ended}))
@@ -122,12 +122,20 @@ class JobLink(Link):
             self.process.kill()
 
 
-def _parse(line: str) -> dict[str, Any] | None:
-    """The event in a line; None for anything else, and for an event that was cut in two."""
-    if not line.startswith(MARK):
-        return None
-    with contextlib.suppress(ValueError):
-        event = json.loads(line.removeprefix(MARK))
-        if isinstance(event, dict) and "event" in event:
-            return event
-    return None
+def split_line(line: str) -> tuple[str, dict[str, Any] | None]:
+    """A rank's own words and the agent's event in a line.
+
+    Both write into one pipe, and a rank writes a line in two parts: one that is killed between
+    them, or is only slow, leaves the agent's event in the middle of a line.
+    """
+    words, mark, told = line.partition(MARK)
+    if not mark:
+        return line, None
+    try:
+        event, end = json.JSONDecoder().raw_decode(told)
+    except ValueError:
+        return line, None
+    if not isinstance(event, dict) or "event" not in event:
+        return line, None
+    rest = told[end:]
+    return words + (rest if words or rest.strip() else ""), event

@@ -30,6 +30,10 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.2
 WORD_SECONDS = 2.0  # between signs of life to the agents
 END_SECONDS = 10.0  # that killed nodes get to report before their links are cut
+# A rank's death breaks the others' collectives. Where they are seen to end first, the death itself
+# is reported within this time.
+CAUSE_SECONDS = 5.0
+ABORTS = ("SIGTERM", "SIGABRT")  # how ranks end that only noticed another's death
 
 
 @dataclass(slots=True)
@@ -39,6 +43,7 @@ class Failure:
     reason: str
     hosts: list[str] = field(default_factory=list)  # at fault, as far as that is known
     is_final: bool = False  # another start would fail the same way
+    may_be_echo: bool = False  # of another rank's death
 
 
 class Supervisor:
@@ -153,9 +158,23 @@ class Supervisor:
                 continue
             failure = self._judge(event)
             if failure is not None:
-                return failure
+                return self._find_cause(failure, links, events)
             if all(link.is_over for link in links):
                 return None
+
+    def _find_cause(self, first: Failure, links: list[Link], events: "Queue[Event]") -> Failure:
+        """The failure that the others followed from; the first one where none stands out."""
+        deadline = time.monotonic() + CAUSE_SECONDS
+        failure: Failure | None = first
+        while failure is None or failure.may_be_echo:
+            is_over = all(link.is_over for link in links)
+            left = 0.0 if is_over else max(deadline - time.monotonic(), 0.0)
+            try:
+                failure = self._judge(events.get(timeout=min(left, POLL_SECONDS)))
+            except Empty:
+                if not left:
+                    return first
+        return failure
 
     def _judge(self, event: Event) -> Failure | None:
         """What an event means for the start; None where it goes on."""
@@ -209,7 +228,9 @@ def _judge_end(event: Event) -> Failure | None:
         return None
     where = f"on {event.host}" if event.host else "somewhere"
     what = f"was killed by {number}" if number else f"ended with code {code}"
-    return Failure(f"a rank {where} {what}", [event.host] if event.host else [])
+    hosts = [event.host] if event.host else []
+    may_be_echo = number in ABORTS if number else code != ExitCode.STALLED
+    return Failure(f"a rank {where} {what}", hosts, may_be_echo=may_be_echo)
 
 
 def _end_all(links: list[Link]) -> None:

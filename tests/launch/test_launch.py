@@ -26,13 +26,13 @@ def test_a_killed_run_is_started_again_and_ends_as_if_nothing_had_happened(
     smoke: list[str], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    settings = ["schedule.steps=120", "checkpoint.every=20", "evaluation.every=120"]
+    settings = ["schedule.steps=80", "checkpoint.every=10", "evaluation.every=80"]
     process = start(
         *("launch", *smoke, *settings, f"run_dir={run_dir}"),
         *("launch.doctor.enabled=false", "launch.supervision.backoff_seconds=0.1"),
         cwd=tmp_path,
     )
-    wait_until(lambda: num_steps(run_dir) >= 30 or process.poll() is not None)
+    wait_until(lambda: num_steps(run_dir) >= 15 or process.poll() is not None)
     find_ranks(run_dir)[0].send_signal(signal.SIGKILL)
     output, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, output

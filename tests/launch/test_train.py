@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -28,13 +29,13 @@ def num_steps(run_dir: Path) -> int:
 
 
 def find_ranks(run_dir: Path) -> list[psutil.Process]:
-    return [
-        process
-        for process in psutil.process_iter()
-        if process.status() != psutil.STATUS_ZOMBIE
-        and process.cmdline()[-2:] == ["train", str(run_dir)]
-        and "-m" in process.cmdline()[-3]
-    ]
+    """The run's living ranks; what ends while this looks at it is none."""
+    ranks = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.cmdline()[-3:] == ["-m", "train", str(run_dir)]:
+                ranks.append(process)
+    return ranks
 
 
 def start_two_ranks(smoke: list[str], run_dir: Path) -> subprocess.Popen[str]:

@@ -1,0 +1,73 @@
+"""Who is named when a start fails, whatever order the nodes' words come in."""
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from queue import Queue
+
+import pytest
+
+from launch.agent import MARK
+from launch.config import LaunchedRun
+from launch.link import AgentLink, Event, Hear, Link
+from launch.starters import Attempt, Ready
+from launch.supervise import Supervisor
+from launch.timeline import read_timeline
+from tests.command import compose
+
+NODES = ["node1", "node2"]
+ERROR = 'sleep {seconds}; echo \'{mark}{{"event": "ended", "code": 1, "signal": null}}\''
+KILLED = 'sleep {seconds}; echo \'{mark}{{"event": "ended", "code": -9, "signal": "SIGKILL"}}\''
+HALF_A_LINE = "printf 'step 30/120  loss 4.4'; " + KILLED
+GONE = "sleep {seconds}; exit 255"
+
+
+class ScriptedNodes:
+    """Nodes whose agents are lines of shell."""
+
+    def __init__(self, scripts: list[str]) -> None:
+        self.scripts = scripts
+
+    def find_ready(self) -> list[Ready]:
+        return [Ready(name, "127.0.0.1", 1) for name in NODES]
+
+    def start(self, attempt: Attempt, events: "Queue[Event]", hear: Hear) -> list[Link]:
+        processes = [
+            subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            for command in self.commands(attempt)
+        ]
+        return [
+            AgentLink(node.host, process, events, hear)
+            for node, process in zip(attempt.nodes, processes, strict=True)
+        ]
+
+    def commands(self, attempt: Attempt) -> list[list[str]]:
+        return [["sh", "-c", f"exec 2>/dev/null; {script}"] for script in self.scripts]
+
+
+@pytest.fixture(scope="module")
+def config() -> LaunchedRun:
+    return compose(
+        *("experiment=smoke", "launch=ssh", "launch.hosts=[node1,node2]", "launch.nodes=2"),
+        "launch.supervision.max_restarts=0",
+    )
+
+
+@pytest.mark.parametrize(
+    ("scripts", "reason", "host"),
+    [
+        ([(ERROR, 0), (KILLED, 0.5)], "a rank on node2 was killed by SIGKILL", "node2"),
+        ([(KILLED, 0.5), (ERROR, 0)], "a rank on node1 was killed by SIGKILL", "node1"),
+        ([(ERROR, 0), (GONE, 0.5)], "the link to node2 broke (exit code 255)", "node2"),
+        ([(ERROR, 0), (ERROR, 1.5)], "a rank on node1 ended with code 1", "node1"),
+        ([(HALF_A_LINE, 0), (ERROR, 0)], "a rank on node1 was killed by SIGKILL", "node1"),
+    ],
+)
+def test_the_death_is_named_that_the_others_followed_from(
+    config: LaunchedRun, tmp_path: Path, scripts: list[tuple[str, float]], reason: str, host: str
+) -> None:
+    """Each node's ranks end as its script says, after so many seconds."""
+    nodes = [script.format(seconds=seconds, mark=MARK) for script, seconds in scripts]
+    Supervisor(replace(config, run_dir=str(tmp_path)), ScriptedNodes(nodes)).run()
+    (failed,) = [moment for moment in read_timeline(tmp_path) if moment.event == "failed"]
+    assert (failed.text, failed.hosts) == (reason, [host])
