@@ -23,7 +23,8 @@ from train.ranks import Ranks
 
 PACKAGES = ("thrifty", "torch", "deepspeed", "numpy")
 SHOWN = 3  # differing items that the message spells out
-BLOCK = 1 << 22  # elements of a weight hashed at a time
+BLOCK = 1 << 16  # elements of a weight hashed at a time: on a CPU they stay in its cache
+BLOCKS_ON_GPU = 64  # of those at a time, where starting a kernel costs more
 ODD = -7046029254386353131  # 2^64 divided by the golden ratio, as a signed number
 
 Statement = Mapping[str, str]  # of one subject: item -> value
@@ -117,10 +118,11 @@ def hash_tensor(values: Tensor) -> int:
     The elements' bits, each times an odd number that depends on its place, added modulo 2^64.
     """
     bits = values.view(torch.int16 if values.element_size() == 2 else torch.int32)
-    place = torch.arange(min(BLOCK, bits.numel()), device=bits.device)
+    size = BLOCK if bits.device.type == "cpu" else BLOCK * BLOCKS_ON_GPU
+    place = torch.arange(min(size, bits.numel()), device=bits.device)
     factors = (place * ODD) | 1
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for block in bits.split(BLOCK):
+    for block in bits.split(size):
         total = total * ODD + (block.long() * factors[: block.numel()]).sum()
     return int(total.item()) % 2**64
 

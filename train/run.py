@@ -92,6 +92,7 @@ class Run:
         self._saved_step: int | None = self.progress.step  # or the one that is being saved
         self._stall_seconds = 0.0
         self._versions = code_version()
+        self._described = describe_config(config)  # once: it takes longer than a small state's copy
         self.watchdog = Watchdog(config.watchdog, run_dir=self.run_dir, ranks=ranks)
         self._show_placement()
         self.check_agreement()
@@ -105,7 +106,7 @@ class Run:
             run_dir=self.run_dir,
             step=self.progress.step,
             steps=self.config.schedule.steps,
-            about=describe_config(self.config),
+            about=self._described,
         )
 
     def is_due(self, every: int) -> bool:
@@ -168,7 +169,7 @@ class Run:
         Raises:
             DisagreementError: Ranks disagree.
         """
-        check_agreement(self.engine, self.progress, describe_config(self.config), self.ranks)
+        check_agreement(self.engine, self.progress, self._described, self.ranks)
 
     def _show_placement(self) -> None:
         """Who sits where, printed by the first rank; nothing if it is alone."""
@@ -226,10 +227,10 @@ class Run:
             "tokenizer": self.tokenizer.fingerprint,
             "layout": {
                 "ranks": self.ranks.count,
-                **describe_config(self.config)["parallel"],
+                **self._described["parallel"],
             },
             "versions": self._versions,
-            "config": describe_config(self.config),
+            "config": self._described,
             "changes": self._beginning.changes,
         }
 

@@ -1,5 +1,6 @@
 """A copy of a rank's state in host memory, from which a checkpoint is written beside training."""
 
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,16 +22,10 @@ class Snapshot:
 
     def __init__(self, fragments: Iterable[Fragment]) -> None:
         self.num_bytes = sum(_room(fragment.data) for fragment in fragments)
-        self._memory = torch.empty(self.num_bytes, dtype=torch.uint8)
+        # Written once: else the first save would wait for the kernel to find each page.
+        self._memory = torch.empty(self.num_bytes, dtype=torch.uint8).zero_()
         if torch.cuda.is_available() and self.num_bytes:
-            runtime: Any = torch.cuda.cudart()
-            code = int(runtime.cudaHostRegister(self._memory.data_ptr(), self.num_bytes, 0))
-            if code:
-                raise ValueError(
-                    f"CUDA error {code}: {self.num_bytes:,} bytes of host memory can't be pinned "
-                    "for checkpoints; set checkpoint.asynchronous=false, or allow more locked "
-                    "memory (ulimit -l)"
-                )
+            self._pin()
 
     def take(self, fragments: Iterable[Fragment]) -> list[Fragment]:
         """The fragments with their data copied here; complete when this returns."""
@@ -38,6 +33,20 @@ class Snapshot:
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
         return taken
+
+    def _pin(self) -> None:
+        """Raises ValueError: The memory can't be pinned."""
+        runtime: Any = torch.cuda.cudart()
+        address = self._memory.data_ptr()
+        code = int(runtime.cudaHostRegister(address, self.num_bytes, 0))
+        if code:
+            raise ValueError(
+                f"CUDA error {code}: {self.num_bytes:,} bytes of host memory can't be pinned "
+                "for checkpoints; set checkpoint.asynchronous=false, or allow more locked "
+                "memory (ulimit -l)"
+            )
+        # Else memory that is used anew for another snapshot would count as registered already.
+        weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
 
     def _copy(self, fragments: Iterable[Fragment]) -> Iterator[Fragment]:
         place = 0

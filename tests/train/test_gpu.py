@@ -5,11 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.train.tiny import tiny_run
 from train.config import CONFIG_FILE, write_config
 from train.journal import read_records
+from train.manifest import Fragment
 from train.precision import Dtype, PrecisionConfig
+from train.snapshot import Snapshot
 
 pytestmark = pytest.mark.gpu
 
@@ -34,3 +37,16 @@ def test_a_run_stopped_half_way_resumes_bit_for_bit(
             start(run_dir)
         losses.append([record["loss"] for record in read_records(run_dir, event="step")])
     assert losses[0] == losses[1]
+
+
+def test_a_snapshot_is_copied_into_pinned_memory_which_is_given_back() -> None:
+    values = [torch.randn(100_003, device="cuda"), torch.arange(5, device="cuda")]
+    fragments = [Fragment(f"weight/{i}", (len(v),), 0, v) for i, v in enumerate(values)]
+    for _ in range(3):  # the next one may get the same memory again
+        snapshot = Snapshot(fragments)
+        taken = snapshot.take(fragments)
+        assert all(one.data.is_pinned() for one in taken)
+        for one, value in zip(taken, values, strict=True):
+            assert torch.equal(one.data, value.cpu())
+        del snapshot
+        assert not taken[0].data.is_pinned()
