@@ -90,6 +90,7 @@ def test_a_killed_rank_takes_the_others_with_it_and_is_named(
     assert find_ranks(tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_ranks_do_not_outlive_a_launcher_that_was_killed(smoke: list[str], tmp_path: Path) -> None:
     process = start_two_ranks(smoke, tmp_path / "run")
     process.kill()
@@ -99,6 +100,7 @@ def test_ranks_do_not_outlive_a_launcher_that_was_killed(smoke: list[str], tmp_p
     assert outcome["status"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_a_sweep_compares_its_runs_and_survives_one_that_is_refused(
     smoke: list[str], tmp_path: Path
 ) -> None:

@@ -25,13 +25,16 @@ from train.ranks import alone
 from train.restore import restore
 
 
+NUM_EVALUATED = 150  # the last batch of a rank is not full
+
+
 @pytest.fixture(scope="module")
 def config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run that two ranks have trained with EP 2."""
     parallel = ParallelConfig(expert=2, micro_batch_size=4)
     config = tiny_run(tmp_path_factory.mktemp("generate"), parallel=parallel)
     config.data.folder = str(corpus)
-    config.evaluation.max_sequences = None
+    config.evaluation.max_sequences = NUM_EVALUATED
     run_dir = Path(config.run_dir)
     run_dir.mkdir()
     write_config(config, run_dir / CONFIG_FILE)
@@ -110,12 +113,14 @@ def test_a_file_that_holds_no_prompts_is_refused(text: str, message: str, tmp_pa
 
 
 def test_the_evaluation_equals_full_logits_and_the_run_s_own(config: RunConfig) -> None:
-    got = evaluate_run(EvaluateConfig(run_dir=config.run_dir))
+    got = evaluate_run(EvaluateConfig(run_dir=config.run_dir, max_sequences=NUM_EVALUATED))
     model, _, _, step = restore(Path(config.run_dir), ranks=alone())
     samples = open_samples(config.data)
     nats, targets = 0.0, 0
     with torch.no_grad():
-        for batch in validation_batches(samples, rank=0, world=1, micro_batch_size=1):
+        for batch in validation_batches(
+            samples, rank=0, world=1, micro_batch_size=1, limit=NUM_EVALUATED
+        ):
             kept = batch.targets != IGNORED
             for length, tokens, wanted in zip(
                 batch.document_lengths,

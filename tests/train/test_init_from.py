@@ -24,6 +24,9 @@ from train.run import Run
 from train.schedule import ChangeConfig, ChangesConfig, ConstantSchedule
 
 
+NUM_EVALUATED = 40
+
+
 def start(config: RunConfig, num_ranks: int = 1) -> None:
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -51,13 +54,14 @@ def extended(source: RunConfig, folder: Path) -> RunConfig:
     frozen = ChangesConfig(bias_update_speed=ChangeConfig(steps=[0], values=[0.0]))
     config.schedule = ConstantSchedule(steps=1, batch_size=8, peak_lr=1e-30, changes=frozen)
     config.evaluation.every = 1
-    config.evaluation.max_sequences = None
+    config.evaluation.max_sequences = NUM_EVALUATED
     return config
 
 
 def measure(config: RunConfig) -> float:
     """The loss of a run's checkpoint, by as many threads as a rank has."""
-    return run_ranks(1, lambda: evaluate_run(EvaluateConfig(run_dir=config.run_dir)).loss)[0]
+    asked = EvaluateConfig(run_dir=config.run_dir, max_sequences=NUM_EVALUATED)
+    return run_ranks(1, lambda: evaluate_run(asked).loss)[0]
 
 
 def weights(run_dir: str) -> dict[str, torch.Tensor]:

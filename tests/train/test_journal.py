@@ -73,6 +73,7 @@ def test_skipped_steps_are_shown_once_there_are_any() -> None:
     assert describe({"skipped": 2}) == "skipped 2"
 
 
+@pytest.mark.slow
 def test_wandb_offline_keeps_the_run_without_an_account(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
