@@ -9,8 +9,6 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import datasets
-
 from data.config import DataConfig, FilesData, HubData, StdlibData
 from data.document import Document
 from data.file_readers import Example, Fields, read_files, read_python_source
@@ -57,6 +55,8 @@ def read_documents(config: DataConfig) -> Iterator[Document]:
 
 def read_examples(config: DataConfig) -> Iterable[Example]:
     """Each document's `text` and, where there are prompts, `prompt`."""
+    import datasets  # its import takes longer than most commands, which read no text
+
     match config:
         case StdlibData():
             paths = [str(path) for path in find_sources(config)]
@@ -112,6 +112,8 @@ def _find_files(patterns: list[str]) -> list[Path]:
 
 
 def _read_hub(config: HubData) -> Iterator[Example]:
+    import datasets
+
     where = f"data.name={config.name}"
     try:
         dataset = datasets.load_dataset(

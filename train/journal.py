@@ -12,8 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-import wandb
-
 from data.atomic_file import write_aside
 from train.display import open_display
 
@@ -114,6 +112,8 @@ class Wandb:
     """
 
     def __init__(self, config: LoggingConfig, *, run_dir: Path, about: dict[str, Any]) -> None:
+        import wandb  # a second, which only its users pay
+
         self._step = 0
         id_file = run_dir / WANDB_ID_FILE
         if not id_file.exists():

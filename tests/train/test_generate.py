@@ -24,7 +24,6 @@ from train.parallel import ParallelConfig
 from train.ranks import alone
 from train.restore import restore
 
-
 NUM_EVALUATED = 150  # the last batch of a rank is not full
 
 

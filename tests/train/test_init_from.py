@@ -23,7 +23,6 @@ from train.restore import check_start, restore
 from train.run import Run
 from train.schedule import ChangeConfig, ChangesConfig, ConstantSchedule
 
-
 NUM_EVALUATED = 40
 
 
