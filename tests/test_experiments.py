@@ -16,7 +16,7 @@ EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml
 OPTIONS = sorted(
     f"{path.parent.name}={path.stem}"
     for path in CONFIGS.glob("*/*.yaml")
-    if path.parent.name != "experiment"
+    if path.parent.name not in ("experiment", "model")  # models: tests/test_presets.py
 )
 
 # What an option leaves for the user to choose.

@@ -41,7 +41,7 @@ FEW: list[tuple[int, Layout]] = [
     (2, {"pipeline": 2, "pipeline_schedule": PipelineSchedule.dualpipev, "accumulation": 4}),
     (4, {"zero_stage": 1, "expert": 2, **BF16_MOMENTS}),
     (4, {"zero_stage": 2, "expert": 2, "sequence": 2, **FULL}),
-    (4, {"zero_stage": 3, "expert": 2, "accumulation": 2, "offload_activations": True, **OFFLOAD}),
+    (2, {"zero_stage": 3, "accumulation": 2, "offload_activations": True, **OFFLOAD}),
     (4, {"pipeline": 2, "expert": 2, "accumulation": 4, **SELECTIVE, **CHUNKS}),
 ]
 
@@ -83,6 +83,7 @@ MANY: list[tuple[int, Layout]] = [
         for more in ({}, FULL, MUON)
     ),
     (4, {"pipeline": 4, "accumulation": 8}),
+    (4, {"zero_stage": 3, "expert": 2, "accumulation": 2, "offload_activations": True, **OFFLOAD}),
 ]
 
 
