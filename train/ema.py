@@ -6,13 +6,21 @@ logical tensors `ema/...`, in files of their own, fit for any layout.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 from torch import Tensor
 
-from train.manifest import Fragment
+from train.manifest import Fragment, Manifest
 
 WEIGHT, EMA_KIND = "weight/", "ema/"
+
+
+class Weights(StrEnum):
+    """Which of a checkpoint's weights are meant."""
+
+    trained = "trained"  # those that training goes on from
+    ema = "ema"  # their average
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,6 +76,20 @@ class EMA:
 def ema_name(name: str) -> str:
     """The average's logical name for that of a weight; a buffer's stays."""
     return name.replace(WEIGHT, EMA_KIND, 1) if is_weight(name) else name
+
+
+def stored_name(name: str, weights: Weights) -> str:
+    """The name under which a checkpoint has that weight (or buffer, of which there is one)."""
+    return ema_name(name) if weights is Weights.ema else name
+
+
+def check_average(manifest: Manifest, weights: Weights) -> None:
+    """Refuse, with a ValueError, to take an average from a checkpoint that has none."""
+    if weights is Weights.ema and not any(map(is_average, manifest.tensors)):
+        raise ValueError(
+            f"weights=ema, but the checkpoint of step {manifest.step} holds no average: its run "
+            "had ema.decay=null; choose weights=trained, or a step that was saved with one"
+        )
 
 
 def is_weight(name: str) -> bool:

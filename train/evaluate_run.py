@@ -7,6 +7,7 @@ from data.batches import Batch
 from data.config import find_folder
 from data.samples import open_samples
 from model.transformer import Sums
+from train.ema import Weights
 from train.evaluation import Evaluation, evaluate
 from train.ranks import alone
 from train.restore import restore
@@ -18,6 +19,8 @@ class EvaluateConfig:
     run_dir: str
     #: Step of the checkpoint; null takes the newest.
     step: int | None = None
+    #: Its weights as trained, or their moving average (ema).
+    weights: Weights = Weights.trained
     #: Validation sequences to read; null reads the whole split.
     max_sequences: int | None = None
 
@@ -33,7 +36,7 @@ def evaluate_run(config: EvaluateConfig) -> Evaluation:
             f"max_sequences={config.max_sequences} must be at least 1, or null for all"
         )
     ranks = alone()
-    restored = restore(Path(config.run_dir), ranks=ranks, step=config.step)
+    restored = restore(Path(config.run_dir), ranks=ranks, step=config.step, weights=config.weights)
     data, device = restored.config.data, ranks.device
     samples = open_samples(
         data,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from model.decoding import Pass, write_tokens, write_tokens_with_drafts
 from model.sampling import SamplingConfig, check_sampling
+from train.ema import Weights
 from train.ranks import alone
 from train.restore import restore
 
@@ -17,6 +18,8 @@ class GenerateConfig(SamplingConfig):
     run_dir: str
     #: Step of the checkpoint; null takes the newest.
     step: int | None = None
+    #: Its weights as trained, or their moving average (ema).
+    weights: Weights = Weights.trained
     #: Texts to be continued; `prompt=TEXT` adds one, taken as it is, and may be given repeatedly.
     prompts: list[str] = field(default_factory=list)
     #: File of prompts instead: one a line, or in a .jsonl file one a line's object as "prompt".
@@ -65,7 +68,9 @@ class Writer:
         self.config = config
         self.prompts = read_prompts(config)
         self.effort = Effort()
-        restored = restore(Path(config.run_dir), ranks=alone(), step=config.step)
+        restored = restore(
+            Path(config.run_dir), ranks=alone(), step=config.step, weights=config.weights
+        )
         self._model, self._tokenizer = restored.model, restored.tokenizer
         if config.draft and not self._model.mtp:
             raise ValueError(

@@ -10,6 +10,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
 from train.checkpoint import Checkpoints, load
 from train.config import CONFIG_FILE, RunConfig, read_config
+from train.ema import Weights, check_average, stored_name
 from train.manifest import Fragment
 from train.ranks import Ranks
 
@@ -21,15 +22,19 @@ class Restored(NamedTuple):
     step: int
 
 
-def restore(run_dir: Path, *, ranks: Ranks, step: int | None = None) -> Restored:
+def restore(
+    run_dir: Path, *, ranks: Ranks, step: int | None = None, weights: Weights = Weights.trained
+) -> Restored:
     """The model of a run's checkpoint (the newest that is whole, unless `step` names one).
 
     Raises:
-        ValueError: There is no run, no such checkpoint, or it does not fit the run's config.
+        ValueError: There is no run, no such checkpoint, no average in it that is asked for, or it
+            does not fit the run's config.
     """
     config = read_config(run_dir / CONFIG_FILE, RunConfig)
     checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep)
     manifest = checkpoints.choose(ranks, step=step)
+    check_average(manifest, weights)
     tokenizer = load_tokenizer(tokenizer_path(config.data))
     if tokenizer.fingerprint != manifest.tokenizer:
         raise ValueError(
@@ -37,7 +42,8 @@ def restore(run_dir: Path, *, ranks: Ranks, step: int | None = None) -> Restored
             f"of step {manifest.step} was trained with; prepare the run's corpus again"
         )
     model = Transformer(config.model)
-    load(checkpoints.path(manifest.step), manifest, weight_fragments(model))
+    wanted = [one._replace(name=stored_name(one.name, weights)) for one in weight_fragments(model)]
+    load(checkpoints.path(manifest.step), manifest, wanted)
     model.to(device=ranks.device, dtype=config.precision.dtype.torch)
     return Restored(model.eval(), tokenizer, config, manifest.step)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from train.checkpoint import Checkpoints
+from train.ema import Weights, check_average, stored_name
 from train.manifest import Manifest
 from train.ranks import alone
 from train.tensor_stream import TensorFile
@@ -15,11 +16,18 @@ BLOCK = 1 << 22  # elements read at a time
 
 
 class StoredTensors:
-    """Whatever layout wrote the checkpoint, a tensor is read as if it lay in one piece."""
+    """Whatever layout wrote the checkpoint, a tensor is read as if it lay in one piece.
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    With `weights=ema` the average's values come back under the weights' names.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, weights: Weights = Weights.trained
+    ) -> None:
+        check_average(manifest, weights)
         self.manifest = manifest
         self._folder = folder
+        self._weights = weights
         self._files: dict[str, TensorFile] = {}
 
     def read(self, name: str, *, start: int, shape: tuple[int, ...]) -> Tensor:
@@ -28,6 +36,7 @@ class StoredTensors:
         Raises:
             ValueError: The checkpoint has no such elements: it is of another model.
         """
+        name = stored_name(name, self._weights)
         stored = self.manifest.tensors.get(name)
         flat = torch.empty(math.prod(shape))
         stop = start + flat.numel()
@@ -55,12 +64,14 @@ class StoredTensors:
         return self._files[name]
 
 
-def open_checkpoint(run_dir: Path, *, step: int | None) -> StoredTensors:
+def open_checkpoint(
+    run_dir: Path, *, step: int | None, weights: Weights = Weights.trained
+) -> StoredTensors:
     """The run's checkpoint of that step; with None the newest that is whole.
 
     Raises:
-        ValueError: There is no such checkpoint.
+        ValueError: There is no such checkpoint, or no average in it that is asked for.
     """
     checkpoints = Checkpoints(run_dir, keep=1)  # nothing is saved, so nothing goes
     manifest = checkpoints.choose(alone(), step=step)
-    return StoredTensors(checkpoints.path(manifest.step), manifest)
+    return StoredTensors(checkpoints.path(manifest.step), manifest, weights=weights)

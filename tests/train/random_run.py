@@ -30,15 +30,25 @@ def random_state(model: ModelConfig) -> dict[str, torch.Tensor]:
     return state
 
 
-def random_run(folder: Path, corpus: Path, *, model: ModelConfig, **changes: Any) -> RunConfig:
-    """A run with a checkpoint of step 7, in uneven pieces as several ranks would write them."""
+def random_run(
+    folder: Path,
+    corpus: Path,
+    *,
+    model: ModelConfig,
+    state: dict[str, torch.Tensor] | None = None,
+    **changes: Any,
+) -> RunConfig:
+    """A run with a checkpoint of step 7, in uneven pieces as several ranks would write them.
+
+    It holds the tensors of `state`, or random ones.
+    """
     config = tiny_run(folder, model=model, **changes)
     config.data.folder = str(corpus)
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True)
     write_config(config, run_dir / CONFIG_FILE)
     fragments = []
-    for name, values in random_state(model).items():
+    for name, values in (state or random_state(model)).items():
         flat, start = values.flatten(), 0
         for data in flat.split(max(len(flat) // 3 + 1, 5)):
             fragments.append(Fragment(name, tuple(values.shape), start, data))

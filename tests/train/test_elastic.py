@@ -145,10 +145,10 @@ def start(config: RunConfig, num_ranks: int) -> dict[str, Tensor]:
             return run
 
         with mock.patch.object(train.loop, "Run", begin):
-            train.loop.train(config, join(config.parallel, timeout_minutes=1))
+            train.loop.train(config, join(config.parallel, timeout_minutes=5))
         return states[0]
 
-    return run_ranks(num_ranks, be_rank)[0]
+    return run_ranks(num_ranks, be_rank, seconds=300)[0]
 
 
 def read_losses(config: RunConfig) -> list[float]:

@@ -7,11 +7,16 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
+from tests.train.hub.families import FAMILIES
+from tests.train.random_run import random_run, random_state
 from tests.train.tiny import tiny_run
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
-from train.ema import EMA, EMAConfig, check_ema
+from train.ema import EMA, EMAConfig, Weights, check_ema, ema_name
 from train.engine import join
+from train.evaluate_run import EvaluateConfig, evaluate_run
+from train.generate import GenerateConfig, Writer
+from train.hub.export import ExportConfig, export
 from train.loop import train as train_run
 from train.manifest import Fragment
 from train.parallel import ParallelConfig
@@ -91,6 +96,47 @@ def test_an_average_that_is_asked_for_later_begins_from_the_weights(
     average, before = read(config, 3, "ema/"), read(config, 2, "weight/")
     for name, weight in before.items():
         torch.testing.assert_close(average[name], weight, rtol=1e-6, atol=1e-6)
+
+
+def test_evaluate_generate_and_export_take_the_average_if_asked(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """As from a run whose weights the average is."""
+    model = FAMILIES["v3"]
+    trained, average = random_state(model), random_state(model)
+    average |= {name: value for name, value in trained.items() if name.startswith("buffer/")}
+    both = trained | {ema_name(name): value for name, value in average.items()}
+    asked = random_run(tmp_path / "both", corpus, model=model, state=both).run_dir
+    plain = random_run(tmp_path / "average", corpus, model=model, state=average).run_dir
+
+    def use(run_dir: str, out: str, **choice: Any) -> tuple[Any, ...]:
+        folder = tmp_path / out
+        greedy = {"prompts": ["def "], "max_new_tokens": 8, "temperature": 0.0}
+        export(ExportConfig(run_dir=run_dir, out=str(folder), gate=False, **choice))
+        return (
+            evaluate_run(EvaluateConfig(run_dir=run_dir, max_sequences=4, **choice)),
+            list(Writer(GenerateConfig(run_dir=run_dir, **greedy, **choice)).write()),
+            (folder / "model.safetensors").read_bytes(),
+        )
+
+    expected = use(plain, "expected")
+    assert use(asked, "asked", weights=Weights.ema) == expected
+    for got, of_average in zip(use(asked, "not asked"), expected, strict=True):
+        assert got != of_average, "weights=trained is the default"
+
+
+def test_an_average_that_is_not_there_is_refused(corpus: Path, tmp_path: Path) -> None:
+    run_dir = random_run(tmp_path, corpus, model=FAMILIES["v3"]).run_dir
+    message = "weights=ema, but the checkpoint of step 7 holds no average: .* weights=trained"
+    out = tmp_path / "out"
+    for use in (
+        lambda: evaluate_run(EvaluateConfig(run_dir=run_dir, weights=Weights.ema)),
+        lambda: Writer(GenerateConfig(run_dir=run_dir, weights=Weights.ema)),
+        lambda: export(ExportConfig(run_dir=run_dir, out=str(out), weights=Weights.ema)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(("key", "value"), [("decay", 1.0), ("decay", -0.1), ("every", 0)])

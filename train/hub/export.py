@@ -18,6 +18,7 @@ from data.progress import open_progress
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.rope import RopeScaling
 from train.config import CONFIG_FILE, RunConfig, read_config
+from train.ema import Weights
 from train.hub import published
 from train.hub.config import FILE, FP8_METHOD, family_of, to_hub_config, without_mtp
 from train.hub.dtype import HubDtype, encode, stored_specs
@@ -35,6 +36,8 @@ class ExportConfig:
     run_dir: str
     #: Step of the checkpoint; null takes the newest.
     step: int | None = None
+    #: Its weights as trained, or their moving average (ema).
+    weights: Weights = Weights.trained
     #: Folder to write; it must be empty or not exist.
     out: str
     #: Number format of the weights: fp32 is exact, bf16 and fp8 are what DeepSeek publishes.
@@ -72,7 +75,7 @@ def export(config: ExportConfig) -> Exported:
     tensors = hub_tensors(model, family_of(model))
     tokenizer = load_tokenizer(find_tokenizer(run.data))
     tokens = real_tokens(run.data) if config.gate else None
-    stored = open_checkpoint(Path(config.run_dir), step=config.step)
+    stored = open_checkpoint(Path(config.run_dir), step=config.step, weights=config.weights)
     if stored.manifest.tokenizer != tokenizer.fingerprint:
         raise ValueError(
             f"the tokenizer in {find_tokenizer(run.data)} is not the one that the checkpoint of "
