@@ -7,12 +7,11 @@ so the position of a run in its data is the same whatever W and b are.
 B = micro_batch_size, S = seq_len.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
 
-import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
@@ -29,7 +28,7 @@ class SampleOrder(Protocol):
 
     def draw(self, position: Position, count: int) -> Drawn[Any]: ...
 
-    def read(self, rows: list[Any]) -> Rows: ...
+    def read(self, rows: Sequence[Any], batch_size: int) -> list[Rows]: ...
 
 
 class Batch(NamedTuple):
@@ -121,24 +120,17 @@ class Batches:
         drawn = self._order.draw(position, count)
         size = self._micro_batch_size
         starts = range(self._rank * size, count, self._world * size)
-        batches = [self._order.read(drawn.rows[start : start + size]) for start in starts]
-        return Taken([to_batch(rows) for rows in batches], drawn.position)
+        own = [drawn.rows[first + place] for first in starts for place in range(size)]
+        return Taken([to_batch(rows) for rows in self._order.read(own, size)], drawn.position)
 
 
 def to_batch(rows: Rows) -> Batch:
     """The rows as tensors, in page-locked memory where a GPU will fetch them."""
-    return Batch(
-        tokens=_to_tensor(rows.tokens),
-        targets=_to_tensor(rows.targets),
-        positions=_to_tensor(rows.positions),
-        is_real=_to_tensor(rows.is_real),
-        document_lengths=rows.document_lengths,
-    )
-
-
-def _to_tensor(array: npt.NDArray[Any]) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+    tensors = [torch.from_numpy(array) for array in rows[:4]]
+    if torch.cuda.is_available():
+        tensors = [tensor.pin_memory() for tensor in tensors]
+    tokens, targets, positions, is_real = tensors
+    return Batch(tokens, targets, positions, is_real, rows.document_lengths)
 
 
 def validation_batches(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from data.keyed_hash import Words, make_keys, mix, to_unit
+from data.keyed_hash import Words, make_keys, mix, mix_one, to_unit
 from data.tokenizer import FimIds
 
 MARKERS = 3
@@ -75,12 +75,12 @@ class Fim:
         Of its `length` stored tokens those in [first, last) are text, the others bos and eos.
         Both cuts are uniform over the places between tokens, both ends included.
         """
-        number = np.array([document], np.int64)
-        cuts = sorted(first + int(self._draw(k, number)[0]) % (last - first + 1) for k in (1, 2))
+        drawn = [mix_one(mix_one(document ^ key) + key & 2**64 - 1) for key in self._keys.tolist()]
+        cuts = sorted(first + word % (last - first + 1) for word in drawn[1:3])
         prefix, middle, suffix = (first, cuts[0]), (cuts[0], cuts[1]), (cuts[1], last)
         ids = self._ids
         parts: list[Part]
-        if float(to_unit(self._draw(3, number))[0]) < self._spm_share:
+        if (drawn[3] >> 11) * 2.0**-53 < self._spm_share:
             parts = [ids.prefix, ids.suffix, suffix, ids.middle, prefix, middle]
         else:
             parts = [ids.prefix, prefix, ids.suffix, suffix, ids.middle, middle]

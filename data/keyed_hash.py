@@ -27,6 +27,13 @@ def mix(words: Words) -> Words:
     return words ^ (words >> np.uint64(31))
 
 
+def mix_one(word: int) -> int:
+    """The same for one word, without the cost of an array."""
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 & 2**64 - 1
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EB & 2**64 - 1
+    return word ^ (word >> 31)
+
+
 def to_unit(words: Words) -> npt.NDArray[np.float64]:
     """The words as uniform numbers in [0, 1), of 53 bits each."""
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53

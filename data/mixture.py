@@ -2,35 +2,93 @@
 
 A sample is a row of pieces of documents of one source. Which source it is and which pieces follow
 is decided from the position alone, by looking at lengths; so every rank knows the whole order and
-reads only its own rows.
+reads only its own rows. A window is packed at once, and a row that another rank reads is only a
+number in it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar, overload
+
+import numpy as np
 
 from data.blend import SHARES, Blend, to_shares
 from data.fim import NO_FIM, FimSetting
-from data.packing import Packing, Piece, join_runs, pack, window_size
+from data.packing import PackedRows, Packing, Piece, Pieces, pack, window_size
 from data.position import Cut, Position, SourcePosition
-from data.source import Source
+from data.source import Block, Source
 
 T = TypeVar("T")
+
+
+class Window(NamedTuple):
+    """Documents that are packed together."""
+
+    source: str
+    start: int
+    end: int
+    fim: FimSetting
 
 
 class Row(NamedTuple):
     """What one sample is made of: at most seq_len tokens, the rest is padding."""
 
-    source: str
-    fim: FimSetting
-    pieces: list[Piece]
+    window: Window
+    documents: Block  # all of the window's
+    packed: PackedRows  # what is left of the window
+    number: int  # of those rows
+
+    @property
+    def source(self) -> str:
+        return self.window.source
+
+    @property
+    def fim(self) -> FimSetting:
+        return self.window.fim
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return self.packed.row(self.number).list()
+
+
+class OpenWindow(NamedTuple):
+    """A window that rows are taken of."""
+
+    window: Window
+    documents: Block  # all of the window's
+    packed: PackedRows  # what is left of it
+
+
+class DrawnRows(Sequence[Row]):
+    """Rows that are put together when they are asked for: most of them other ranks read."""
+
+    def __init__(self) -> None:
+        self._windows: list[OpenWindow] = []
+        self._numbers: list[int] = []
+
+    def add(self, window: OpenWindow, numbers: range) -> None:
+        """Append rows of a window."""
+        self._windows += [window] * len(numbers)
+        self._numbers += numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, which: int) -> Row: ...
+    @overload
+    def __getitem__(self, which: slice) -> list[Row]: ...
+    def __getitem__(self, which: int | slice) -> Row | list[Row]:
+        if isinstance(which, int):
+            return Row(*self._windows[which], self._numbers[which])
+        return [self[index] for index in range(len(self))[which]]
 
 
 class Drawn(NamedTuple, Generic[T]):
     """Consecutive samples, not read yet, and the position after them."""
 
-    rows: list[T]
+    rows: Sequence[T]
     position: Position
 
 
@@ -53,7 +111,9 @@ class Mixture:
         self._packing = packing
         self._fim = fim
         self._window_tokens = size_window(seq_len)
-        self._pack = lru_cache(maxsize=2 * len(self.sources))(self._pack_window)
+        num_windows = 2 * len(self.sources)
+        self._documents = lru_cache(maxsize=num_windows)(self._look_up)
+        self._pack = lru_cache(maxsize=num_windows)(self._pack_window)
 
     def draw(self, position: Position, count: int) -> Drawn[Row]:
         """The next `count` samples after a position: a pure function of both, seed and config.
@@ -62,40 +122,43 @@ class Mixture:
             ValueError: Every source has reached its last epoch.
         """
         cursors = {
-            name: _Cursor(position.sources.get(name, SourcePosition())) for name in self.sources
+            name: _Cursor(name, position.sources.get(name, SourcePosition()))
+            for name in self.sources
         }
         tokens = position.tokens
-        rows: list[Row] = []
-        shares: dict[str, int] = {}
-        holds_until: int | None = -1
+        rows = DrawnRows()
         while len(rows) < count:
-            has_changed = holds_until is not None and tokens >= holds_until
-            if has_changed or any(self._has_ended(name, cursors[name]) for name in shares):
-                shares = self._shares(cursors, tokens)
-                holds_until = self._blend.holds_until(tokens)
-            name = max(shares, key=lambda name: cursors[name].credit + shares[name] * self._seq_len)
-            row = self._take_row(name, cursors[name])
-            size = sum(piece.length for piece in row.pieces)
-            if not size:
-                continue  # a window of empty documents
-            for owed, share in shares.items():
-                cursors[owed].credit += share * size
-            cursors[name].credit -= SHARES * size
-            cursors[name].tokens += size
-            tokens += size
-            rows.append(row)
+            shares = self._shares(cursors, tokens)
+            until = self._blend.holds_until(tokens)
+            owed = [(cursors[name], share) for name, share in shares.items()]
+            has_closed = False
+            while not has_closed and len(rows) < count and (until is None or tokens < until):
+                cursor, _ = max(owed, key=lambda one: one[0].credit + one[1] * self._seq_len)
+                limit = count - len(rows)
+                if len(owed) > 1:
+                    limit = 1
+                elif until is not None:
+                    limit = min(limit, max((until - tokens) // self._seq_len, 1))
+                window, numbers = self._take_rows(cursor, limit)
+                rows.add(window, numbers)
+                size = sum(window.packed.sizes[numbers.start : numbers.stop])
+                for other, share in owed:
+                    other.credit += share * size
+                cursor.credit -= SHARES * size
+                cursor.tokens += size
+                tokens += size
+                has_closed = not cursor.cuts
         moved = {name: cursor.close() for name, cursor in cursors.items()}
         sources = {**position.sources, **moved}
         return Drawn(rows, replace(position, samples=position.samples + count, sources=sources))
 
-    def _has_ended(self, name: str, cursor: "_Cursor") -> bool:
-        return not cursor.cuts and self.sources[name].has_ended(cursor.document)
-
     def _shares(self, cursors: dict[str, "_Cursor"], tokens: int) -> dict[str, int]:
+        """The weights of the sources that go on."""
         left = {
             name: weight
             for name, weight in self._blend.at(tokens).items()
-            if weight > 0 and not self._has_ended(name, cursors[name])
+            if weight > 0
+            and (cursors[name].cuts or not self.sources[name].has_ended(cursors[name].document))
         }
         if not left:
             raise ValueError(
@@ -104,61 +167,53 @@ class Mixture:
             )
         return to_shares(left)
 
-    def _take_row(self, name: str, cursor: "_Cursor") -> Row:
-        """The next row of the window that the source stands in, or of the one after it."""
+    def _take_rows(self, cursor: "_Cursor", limit: int) -> "_Taken":
+        """Up to `limit` next rows of the window that the source stands in, or of the one after
+        it; none of a window that holds only empty documents."""
         if not cursor.cuts:
-            cursor.end, cursor.fim = self._find_window(name, cursor.document), self._fim
+            source = self.sources[cursor.name]
+            cursor.end = source.find_end(cursor.document, self._window_tokens, self._fim)
+            cursor.fim = self._fim
         wanted = (self._packing.value, self._seq_len)
         if not cursor.cuts or cursor.cuts[-1][:2] != wanted:
             cursor.cuts.append(Cut(*wanted, 0))
-        *done, (*_, number) = cursor.cuts
-        window = Window(name, cursor.document, cursor.end, cursor.fim)
-        rows = self._pack(window, tuple(done), *wanted)
-        cursor.cuts[-1] = Cut(*wanted, number + 1)
-        row = Row(name, cursor.fim, rows[number] if rows else [])
-        if number + 1 >= len(rows):
+        *done, (*_, first) = cursor.cuts
+        window = Window(cursor.name, cursor.document, cursor.end, cursor.fim)
+        packed = self._pack(window, tuple(done), *wanted)
+        last = min(first + limit, len(packed.sizes))
+        cursor.cuts[-1] = Cut(*wanted, last)
+        if last == len(packed.sizes):
             cursor.document, cursor.cuts = cursor.end, []
-        return row
+        return _Taken(OpenWindow(window, self._documents(window), packed), range(first, last))
 
-    def _find_window(self, name: str, place: int) -> int:
-        """The place after a window's last document: it is full, or the epoch ends."""
-        source = self.sources[name]
-        epoch_end = source.epoch_end(place)
-        size = 0
-        while place < epoch_end and size < self._window_tokens:
-            size += source.length(place, self._fim)
-            place += 1
-        return place
+    def _look_up(self, window: Window) -> Block:
+        return self.sources[window.source].take(window.start, window.end, window.fim)
 
     def _pack_window(
-        self, window: "Window", done: tuple[Cut, ...], packing: str, seq_len: int
-    ) -> list[list[Piece]]:
+        self, window: Window, done: tuple[Cut, ...], packing: str, seq_len: int
+    ) -> PackedRows:
         """The rows of what is left of a window."""
-        name, start, end, fim = window
-        source = self.sources[name]
         if done:
             last = done[-1]
-            rows = self._pack(window, done[:-1], last.packing, last.seq_len)
-            runs = join_runs(piece for row in rows[last.rows :] for piece in row)
+            runs = self._pack(window, done[:-1], last.packing, last.seq_len).left_after(last.rows)
         else:
-            runs = [Piece(place, 0, source.length(place, fim)) for place in range(start, end)]
-        key = f"rows {source.seed} {name} {start} {len(done)}".encode()
+            lengths = self._documents(window).lengths
+            runs = Pieces(np.arange(window.start, window.end), np.zeros_like(lengths), lengths)
+        seed = self.sources[window.source].seed
+        key = f"rows {seed} {window.source} {window.start} {len(done)}".encode()
         return pack(runs, seq_len, Packing(packing), key=key)
 
 
-class Window(NamedTuple):
-    """Documents that are packed together."""
-
-    source: str
-    start: int
-    end: int
-    fim: FimSetting
+class _Taken(NamedTuple):
+    window: OpenWindow
+    numbers: range  # of rows
 
 
 class _Cursor:
     """A source's position while it moves."""
 
-    def __init__(self, at: SourcePosition) -> None:
+    def __init__(self, name: str, at: SourcePosition) -> None:
+        self.name = name
         self.document, self.end, self.fim = at.document, at.end, at.fim
         self.cuts, self.tokens, self.credit = list(at.cuts), at.tokens, at.credit
 

@@ -1,19 +1,19 @@
-"""From the pieces of a row to its tokens, targets and positions.
+"""From the pieces of rows to their tokens, targets and positions.
 
-B rows, S = seq_len.
+B rows, S = seq_len, P pieces.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from data.fim import FimSetting, Part
+from data.fim import FimSetting
+from data.gather import Gather, Tokens
 from data.mixture import Row
-from data.packing import Piece
 from data.samples import IGNORED, Sample
 from data.source import Source
-from data.token_stream import TokenStream
 
 Ids = npt.NDArray[np.int64]
 
@@ -39,107 +39,165 @@ def stack_rows(samples: list[Sample]) -> Rows:
     )
 
 
-def fill_rows(
-    rows: list[Row],
+def read_rows(
+    rows: Sequence[Row],
     sources: dict[str, Source],
+    gather: Gather,
     *,
+    batch_size: int,
     seq_len: int,
     pad_id: int,
     mask_documents: bool,
     reset_positions: bool,
-) -> Rows:
-    """The rows' content, read from the sources.
+) -> list[Rows]:
+    """The rows' content in batches of so many, read from the sources.
 
     A piece that goes on in another row has that row's first token as its last target, so every
     token but a document's first is a target exactly once. A document that began in an earlier row
     is treated as if it began here.
+
+    Raises:
+        OSError: A shard can't be read.
     """
-    size = len(rows) * seq_len
-    tokens, targets = np.empty(size + 1, np.int64), np.empty(size, np.int64)
-    is_real = np.ones(size, np.bool_)
-    starts: list[int] = []
-    ends: list[int] = []  # places whose target is not the token that follows in the row
-    last_targets: list[int] = []
-    prompts: list[tuple[int, int]] = []
-    for number, row in enumerate(rows):
-        at, row_end = number * seq_len, (number + 1) * seq_len
+    located = _locate(rows, sources)
+    dtype = np.result_type(*{sources[row.source].dtype for row in rows})
+    # One piece of memory for all: many small ones go back to the system and come back as new pages.
+    numbers = np.empty((3, len(rows), seq_len), np.int64)
+    all_real = np.ones((len(rows), seq_len), np.bool_)
+    counting = np.arange(seq_len)
+    batches = []
+    for start in range(0, len(rows), batch_size):
+        some = slice(start, start + batch_size)
+        (tokens, targets, positions), is_real = numbers[:, some], all_real[some]
+        layout = _lay_out(located[some], seq_len, pad_id, dtype)
+        flat = tokens.reshape(-1), targets.reshape(-1)
+        _fill(layout, gather, *flat, seq_len, is_masked=mask_documents)
+        for first, last in layout.padding:
+            is_real.reshape(-1)[first:last] = False
+        whole = [seq_len] * len(tokens)
+        runs = layout.lengths if reset_positions else whole
+        np.concatenate([counting[:length] for length in runs], out=positions.reshape(-1))
+        lengths = layout.lengths if mask_documents else whole
+        batches.append(Rows(tokens, targets, positions, is_real, lengths))
+    return batches
+
+
+class _Group(NamedTuple):
+    """Pieces of rows of one window, and where they lie: lists of [P]."""
+
+    source: Source
+    fim: FimSetting
+    places: list[int]
+    offsets: list[int]
+    lengths: list[int]
+    shards: list[int]
+    starts: list[int]  # in the shard, of pieces that are read as they are stored
+    goes_on: list[bool]  # whether the document does, after the piece
+    hidden: list[int]  # targets, from the piece's first, that predict a prompt; or negative
+    is_rearranged: list[bool]
+
+
+_Located = tuple[_Group, range]
+"""The pieces of one row: their group, and which of it."""
+
+
+def _locate(rows: Sequence[Row], sources: dict[str, Source]) -> list[_Located]:
+    """Each row's pieces; rows of one window are looked up together."""
+    by_window: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):
+        by_window.setdefault(id(row.packed), []).append(index)
+    located: dict[int, _Located] = {}
+    for indices in by_window.values():
+        row = rows[indices[0]]
         source = sources[row.source]
-        for piece in row.pieces:
-            starts.append(at)
-            end = at + piece.length
-            following = read_piece(source, row.fim, piece, tokens[at:end])
-            if mask_documents or end == row_end or following is not None:
-                ends.append(end - 1)
-                last_targets.append(IGNORED if following is None else following)
-            prompt = prompt_length(source, row.fim, piece.place)
-            hidden = min(prompt - 1 - piece.offset, piece.length)
-            if hidden > 0:
-                prompts.append((at, at + hidden))
-            at = end
-        if at < row_end:
-            starts.append(at)
+        assert source.stream is not None
+        borders = row.packed.borders
+        ranges = [(borders[n], borders[n + 1]) for n in (rows[index].number for index in indices)]
+        which = np.concatenate([np.arange(*pieces) for pieces in ranges])
+        places, offsets, lengths = row.packed.pieces.take(which)
+        at, documents = places - row.window.start, row.documents
+        fields = (
+            places,
+            offsets,
+            lengths,
+            *source.stream.locate(documents.starts[at] + offsets),
+            offsets + lengths < documents.lengths[at],
+            np.minimum(documents.prompts[at] - 1 - offsets, lengths),
+            documents.is_rearranged[at],
+        )
+        group = _Group(source, row.fim, *(field.tolist() for field in fields))
+        first = 0
+        for index, (start, stop) in zip(indices, ranges, strict=True):
+            located[index] = group, range(first, first + stop - start)
+            first += stop - start
+    return [located[index] for index in range(len(rows))]
+
+
+class _Layout(NamedTuple):
+    """Rows, one after another; places count through all of them."""
+
+    views: list[Tokens]  # of all their tokens, padding included
+    following: list[Tokens]  # of the tokens after pieces whose documents go on
+    lengths: list[int]  # of documents and padding
+    ends: list[int]  # each piece's last place
+    goes_on: list[bool]  # whether its document does
+    prompts: list[tuple[int, int]]  # places [start, stop) without a target
+    padding: list[tuple[int, int]]
+
+
+def _lay_out(rows: list[_Located], seq_len: int, pad_id: int, dtype: np.dtype[Any]) -> _Layout:
+    """Where everything of these rows lies, still unread."""
+    layout = _Layout([], [], [], [], [], [], [])
+    views, following, all_lengths, ends, all_goes_on, prompts, padding = layout
+    row_end = 0
+    for group, pieces in rows:
+        at, row_end = row_end, row_end + seq_len
+        source, fim, places, offsets, lengths, shards, starts, goes_on, hidden, rearranged = group
+        stream = source.stream
+        assert stream is not None
+        first_view, first_following = len(views), len(following)
+        for k in pieces:
+            length = lengths[k]
+            if rearranged[k]:
+                offset = offsets[k]
+                views += source.view(places[k], offset, length, fim)
+                following += source.view(places[k], offset + length, int(goes_on[k]), fim)
+            else:
+                tokens, stop = stream.tokens(shards[k]), starts[k] + length
+                views.append(tokens[starts[k] : stop])
+                if goes_on[k]:
+                    following.append(tokens[stop : stop + 1])
+            if hidden[k] > 0:
+                prompts.append((at, at + hidden[k]))
+            at += length
             ends.append(at - 1)
-            last_targets.append(IGNORED)
-            tokens[at:row_end] = pad_id
-            is_real[at:row_end] = False
-    targets[:] = tokens[1:]
-    targets[ends] = last_targets
-    for start, stop in prompts:
+        own = slice(pieces.start, pieces.stop)
+        all_lengths += lengths[own]
+        all_goes_on += goes_on[own]
+        if source.dtype != dtype:  # sources stored in different widths
+            for some, first in ((views, first_view), (following, first_following)):
+                some[first:] = [view.astype(dtype) for view in some[first:]]
+        if at < row_end:
+            views.append(np.full(row_end - at, pad_id, dtype))
+            all_lengths.append(row_end - at)
+            padding.append((at, row_end))
+    return layout
+
+
+def _fill(
+    layout: _Layout, gather: Gather, tokens: Ids, targets: Ids, seq_len: int, *, is_masked: bool
+) -> None:
+    """Writes the tokens and targets of rows, [B*S]."""
+    gathered = gather(layout.views + layout.following)
+    tokens[:] = gathered[: len(tokens)]
+    targets[:-1] = tokens[1:]
+    for start, stop in layout.padding:
+        targets[start - 1 : stop] = IGNORED
+    found = iter(gathered[len(tokens) :].tolist())
+    for end, goes_on in zip(layout.ends, layout.goes_on, strict=True):
+        if goes_on:
+            targets[end] = next(found)
+        elif is_masked or (end + 1) % seq_len == 0:
+            targets[end] = IGNORED
+    for start, stop in layout.prompts:
         targets[start:stop] = IGNORED
-    if not is_real.all():
-        targets[~is_real] = IGNORED
-    shape = len(rows), seq_len
-    lengths = np.diff([*starts, size])
-    row_starts = np.arange(0, size, seq_len)
-    from_starts = np.arange(size) - np.repeat(starts, lengths)
-    in_row = np.arange(size) % seq_len
-    return Rows(
-        tokens[:-1].reshape(shape),
-        targets.reshape(shape),
-        (from_starts if reset_positions else in_row).reshape(shape),
-        is_real.reshape(shape),
-        lengths.tolist() if mask_documents else [seq_len] * len(row_starts),
-    )
-
-
-def read_piece(source: Source, fim: FimSetting, piece: Piece, row: Ids) -> int | None:
-    """Fill `row` with the piece's tokens; returns its document's next token, None at its end."""
-    assert source.stream is not None
-    block, at = source.find(piece.place, fim)
-    if block.is_rearranged[at]:
-        parts = source.arrange(piece.place, fim)
-        return _read_parts(source.stream, parts, block.starts[at], piece, row)
-    start, stop = block.starts[at] + piece.offset, block.starts[at] + block.stored[at]
-    source.stream.read_into(row, start)
-    following = start + piece.length
-    return source.stream.token(following) if following < stop else None
-
-
-def _read_parts(
-    stream: TokenStream, parts: list[Part], document_start: int, piece: Piece, row: Ids
-) -> int | None:
-    """The same for a document that is read in parts."""
-    skip, at = piece.offset, 0
-    for part in parts:
-        size = 1 if isinstance(part, int) else part[1] - part[0]
-        if skip >= size:
-            skip -= size
-            continue
-        if at == len(row):
-            return part if isinstance(part, int) else stream.token(document_start + part[0] + skip)
-        if isinstance(part, int):
-            row[at] = part
-            taken = 1
-        else:
-            taken = min(size - skip, len(row) - at)
-            stream.read_into(row[at : at + taken], document_start + part[0] + skip)
-            if skip + taken < size:
-                return stream.token(document_start + part[0] + skip + taken)
-        skip, at = 0, at + taken
-    return None
-
-
-def prompt_length(source: Source, fim: FimSetting, place: int) -> int:
-    """Tokens of the document at a place, from its first, that nothing is learnt from."""
-    block, at = source.find(place, fim)
-    return block.prompts[at]

@@ -5,29 +5,37 @@ counts through all epochs; a *block* is a run of places that is looked up at onc
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from data.documents import DocumentIndex
 from data.fim import MARKERS, Fim, FimSetting, Part
+from data.gather import Tokens
 from data.permutation import Permutation
 from data.token_stream import TokenStream
 from data.tokenizer import FimIds
 
 BLOCK = 1024
-CACHED_BLOCKS = 4
+CACHED_BLOCKS = 32
+
+Numbers = npt.NDArray[np.int64]
 
 
 class Block(NamedTuple):
-    """Up to BLOCK consecutive places of an epoch, as lists: they are read singly."""
+    """The documents at consecutive places of an epoch, arrays of [N]."""
 
-    documents: list[int]
-    starts: list[int]  # in the stream
-    stored: list[int]  # tokens in the stream
-    lengths: list[int]  # tokens as they are read
-    prompts: list[int]
-    is_rearranged: list[bool]
+    documents: Numbers
+    starts: Numbers  # in the stream
+    stored: Numbers  # tokens in the stream
+    lengths: Numbers  # tokens as they are read
+    prompts: Numbers
+    is_rearranged: npt.NDArray[np.bool_]
+
+    def take(self, which: slice) -> "Block":
+        """Some of them."""
+        return self._replace(**{name: array[which] for name, array in self._asdict().items()})
 
 
 class Source:
@@ -58,6 +66,12 @@ class Source:
         self._permutation = lru_cache(maxsize=2)(self._open_permutation)
         self._fim = lru_cache(maxsize=4)(self._open_fim)
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type that its tokens are stored in."""
+        assert self.stream is not None
+        return self.stream.dtype
+
     def has_ended(self, place: int) -> bool:
         """Whether the order ends before this place."""
         return self.num_places is not None and place >= self.num_places
@@ -70,7 +84,27 @@ class Source:
     def length(self, place: int, fim: FimSetting) -> int:
         """Tokens of the document at a place, as it is read."""
         block, at = self.find(place, fim)
-        return block.lengths[at]
+        return int(block.lengths[at])
+
+    def find_end(self, place: int, size: int, fim: FimSetting) -> int:
+        """The place after the documents from `place` on that hold `size` tokens together, or the
+        epoch's end."""
+        epoch_end = self.epoch_end(place)
+        while place < epoch_end and size > 0:
+            block, at = self.find(place, fim)
+            sums = np.cumsum(block.lengths[at : at + epoch_end - place])
+            count = min(int(np.searchsorted(sums, size)) + 1, len(sums))
+            place, size = place + count, size - int(sums[count - 1])
+        return place
+
+    def take(self, start: int, stop: int, fim: FimSetting) -> Block:
+        """The documents at the places in [start, stop), all of one epoch."""
+        blocks: list[Block] = []
+        while start < stop:
+            block, at = self.find(start, fim)
+            blocks.append(block.take(slice(at, at + stop - start)))
+            start += len(blocks[-1].documents)
+        return Block(*map(np.concatenate, zip(*blocks, strict=True)))
 
     def find(self, place: int, fim: FimSetting) -> tuple[Block, int]:
         """The block that a place is in, and where."""
@@ -82,15 +116,34 @@ class Source:
         """The parts in which the document at a place is read."""
         assert self.stream is not None
         block, at = self.find(place, fim)
-        stored = block.stored[at]
+        stored, start = int(block.stored[at]), int(block.starts[at])
         if not block.is_rearranged[at]:
             return [(0, stored)]
-        start, tokenizer = block.starts[at], self.stream.tokenizer
+        tokenizer = self.stream.tokenizer
         first = int(stored > 0 and self.stream.token(start) == tokenizer.bos_id)
         has_eos = stored > first and self.stream.token(start + stored - 1) == tokenizer.eos_id
         draw = self._fim(fim, place // self.num_documents)
         assert draw is not None
-        return draw.arrange(block.documents[at], first, stored - has_eos, stored)
+        return draw.arrange(int(block.documents[at]), first, stored - has_eos, stored)
+
+    def view(self, place: int, offset: int, count: int, fim: FimSetting) -> list[Tokens]:
+        """`count` tokens of the document at a place, as it is read, from `offset` on; to be
+        gathered by the stream."""
+        assert self.stream is not None
+        block, at = self.find(place, fim)
+        start = int(block.starts[at])
+        views: list[Tokens] = []
+        for part in self.arrange(place, fim):
+            first, last = (0, 1) if isinstance(part, int) else part
+            taken = min(last - first - offset, count)
+            if taken > 0:
+                if isinstance(part, int):
+                    views.append(np.array([part], self.dtype))
+                else:
+                    views.append(self.stream.view(start + first + offset, taken))
+                count -= taken
+            offset = max(offset - (last - first), 0)
+        return views
 
     def _open_permutation(self, epoch: int) -> Permutation:
         return Permutation(
@@ -113,10 +166,10 @@ class Source:
         else:
             chosen = draw.are_chosen(documents) & (spans.prompts == 0)
         return Block(
-            documents=documents.tolist(),
-            starts=spans.starts.tolist(),
-            stored=spans.lengths.tolist(),
-            lengths=(spans.lengths + MARKERS * chosen).tolist(),
-            prompts=spans.prompts.tolist(),
-            is_rearranged=chosen.tolist(),
+            documents=documents,
+            starts=spans.starts,
+            stored=spans.lengths,
+            lengths=spans.lengths + MARKERS * chosen,
+            prompts=spans.prompts,
+            is_rearranged=chosen,
         )

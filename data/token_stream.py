@@ -1,18 +1,30 @@
 """A split of a prepared corpus as one stream of tokens, memory-mapped, its shards in order."""
 
+import mmap
 from bisect import bisect_right
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from data.config import Verify
+from data.gather import Gather, Tokens
 from data.manifest import Split, TokenizerRecord, read_manifest, verify_corpus
-from data.shards import Shard
+from data.shards import Shard, bin_path
 
 OPEN_SHARDS = 256
+
+Numbers = npt.NDArray[np.int64]
+
+
+class Located(NamedTuple):
+    """Places by shard, arrays of [N]."""
+
+    shards: Numbers
+    places: Numbers
 
 
 class TokenStream:
@@ -48,7 +60,11 @@ class TokenStream:
         self._folder = folder
         self._shards = record.shards
         self._starts = [0, *accumulate(shard.tokens for shard in record.shards)]
+        self._borders = np.array(self._starts, np.int64)
         self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
+        self._dtypes: dict[int, np.dtype[Any]] = {}  # of the shards that were opened once
+        self.tokens = lru_cache(maxsize=OPEN_SHARDS)(self._open_tokens)
+        self._gather = Gather()
 
     def __len__(self) -> int:
         """The number of tokens."""
@@ -64,14 +80,31 @@ class TokenStream:
 
     def token(self, place: int) -> int:
         """The token at a place."""
-        number = bisect_right(self._starts, place) - 1
-        return int(self._open(number).tokens[place - self._starts[number]])
+        return int(self.gather([self.view(place, 1)])[0])
 
-    def read_into(self, row: npt.NDArray[np.int64], place: int) -> None:
-        """Fill `row` with the tokens from a place on, all of one document."""
-        number = bisect_right(self._starts, place) - 1
-        start = place - self._starts[number]
-        row[:] = self._open(number).tokens[start : start + len(row)]
+    def view(self, start: int, count: int) -> Tokens:
+        """The tokens from a place on, all of one document, where they lie: for `gather`."""
+        number = bisect_right(self._starts, start) - 1
+        start -= self._starts[number]
+        return self.tokens(number)[start : start + count]
+
+    def locate(self, places: Numbers) -> Located:
+        """The shards of many places, and where they are in them."""
+        shards = np.searchsorted(self._borders, places, side="right") - 1
+        return Located(shards, places - self._borders[shards])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type that tokens are stored in."""
+        return self.tokens(0).dtype
+
+    def gather(self, views: list[Tokens]) -> Tokens:
+        """What several views hold, one after another, until the next call.
+
+        Raises:
+            OSError: A shard can't be read any more.
+        """
+        return self._gather(views)
 
     def document_starts(self, start: int, stop: int) -> list[int]:
         """Places in [start, stop) where a document begins."""
@@ -93,6 +126,19 @@ class TokenStream:
             )
             number += 1
         return overlaps
+
+    def _open_tokens(self, number: int) -> Tokens:
+        """A shard's tokens, [num_tokens]; the shard is checked when it is opened first."""
+        if number not in self._dtypes:
+            self._dtypes[number] = self._open_shard(number).tokens.dtype
+            if self._dtypes[number] != self.dtype:
+                raise ValueError(
+                    f"{self._folder}: the shards {self._shards[0].name} and "
+                    f"{self._shards[number].name} hold tokens of two types; prepare it again"
+                )
+        with open(bin_path(self._folder / self._shards[number].name), "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(mapped, self._dtypes[number])
 
     def _open_shard(self, number: int) -> Shard:
         record = self._shards[number]

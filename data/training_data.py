@@ -1,5 +1,6 @@
 """The training data of a run: its sources, opened, and the order in which they are read."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -7,10 +8,11 @@ from data.blend import Blend, SourceConfig
 from data.config import DataConfig, MixtureData, find_folder
 from data.documents import MappedIndex
 from data.fim import FimSetting
+from data.gather import Gather
 from data.manifest import Split, read_manifest
 from data.mixture import Drawn, Mixture, Row
 from data.position import Position, SourcePosition
-from data.rows import Rows, fill_rows
+from data.rows import Rows, read_rows
 from data.source import Source
 from data.token_stream import TokenStream
 
@@ -28,6 +30,7 @@ class TrainingData:
     def __init__(self, config: DataConfig, *, seed: int) -> None:
         self._config = config
         self._seed = seed
+        self._gather = Gather()
         self._identities: dict[str, str] = {}
         wanted = _list_sources(config)
         sources = [self._open(source) for source in wanted]
@@ -47,11 +50,13 @@ class TrainingData:
         """The samples that follow a position; see `Mixture.draw`."""
         return self.mixture.draw(position, count)
 
-    def read(self, rows: list[Row]) -> Rows:
-        """The content of drawn rows."""
-        return fill_rows(
+    def read(self, rows: Sequence[Row], batch_size: int) -> list[Rows]:
+        """The content of drawn rows in batches of so many; see `read_rows`."""
+        return read_rows(
             rows,
             self.mixture.sources,
+            self._gather,
+            batch_size=batch_size,
             seq_len=self._config.seq_len,
             pad_id=self.tokenizer.pad_id,
             mask_documents=self._config.mask_documents,

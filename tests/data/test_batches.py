@@ -33,7 +33,7 @@ def read_alone(order: TrainingData, count: int) -> torch.Tensor:
     position, batches = Position(), []
     for _ in range(count):
         rows, position = order.draw(position, 1)
-        batches.append(to_batch(order.read(rows)))
+        batches += map(to_batch, order.read(rows, 1))
     return join(batches)
 
 
@@ -70,10 +70,10 @@ def test_the_ranks_together_read_the_samples_in_order(
 
 def test_a_batch_keeps_each_samples_segments(order: TrainingData) -> None:
     rows = order.draw(Position(), 6).rows
-    batch = to_batch(order.read(rows))
+    batch = to_batch(order.read(rows, 6)[0])
     assert batch.tokens.dtype == batch.targets.dtype == batch.positions.dtype == torch.int64
     assert sum(batch.document_lengths) == 6 * SEQ_LEN
-    expected = [length for row in rows for length in order.read([row]).document_lengths]
+    expected = [length for row in rows for length in order.read([row], 1)[0].document_lengths]
     assert batch.document_lengths == expected
 
 
@@ -111,12 +111,12 @@ def test_an_error_while_reading_ahead_surfaces_when_it_is_asked_for(
     order = open_train(prepared)
     read, calls = order.read, 0
 
-    def fail_once(rows: list[Row]) -> Rows:
+    def fail_once(rows: list[Row], batch_size: int) -> list[Rows]:
         nonlocal calls
         calls += 1
-        if calls == 6:
+        if calls == 2:
             raise OSError("the file system vanished")
-        return read(rows)
+        return read(rows, batch_size)
 
     monkeypatch.setattr(order, "read", fail_once)
     with Batches(order, rank=0, world=1, micro_batch_size=1) as batches:

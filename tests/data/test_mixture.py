@@ -83,8 +83,9 @@ class Identities:
     def __init__(self, mixture: Mixture) -> None:
         self.draw = mixture.draw
 
-    def read(self, rows: list[Row]) -> Rows:
-        return stack_rows([self._read(row) for row in rows])
+    def read(self, rows: list[Row], batch_size: int) -> list[Rows]:
+        starts = range(0, len(rows), batch_size)
+        return [stack_rows([self._read(row) for row in rows[n : n + batch_size]]) for n in starts]
 
     def _read(self, row: Row) -> Sample:
         ids = [ord(row.source) * 10**6 + place * 1000 + k for place, k in tokens_of(row)]

@@ -47,7 +47,7 @@ def test_rows_equal_a_loop_over_documents(
     stored = list_documents(prepared.folder, [s.name for s in prepared.manifest.train.shards])
     source = data.mixture.sources[ALONE]
     drawn = data.draw(Position(), 400)  # several epochs
-    rows = data.read(drawn.rows)
+    (rows,) = data.read(drawn.rows, 400)
     lengths = iter(rows.document_lengths)
     inputs, targets_of = 0, []
     for number, row in enumerate(drawn.rows):
@@ -96,7 +96,7 @@ def test_an_epoch_has_every_token_once_as_input_and_all_but_the_first_as_target(
         position, inputs, targets = Position(), [], []
         while position.tokens < prepared.manifest.train.tokens:
             drawn = data.draw(position, 1)
-            position, rows = drawn.position, data.read(drawn.rows)
+            position, (rows,) = drawn.position, data.read(drawn.rows, 1)
             inputs += rows.tokens[rows.is_real].tolist()
             targets += rows.targets[rows.targets != IGNORED].tolist()
         assert sorted(inputs) == sorted(token for document in stored for token in document)
@@ -111,7 +111,7 @@ def test_best_fit_cuts_no_document_that_a_row_can_hold(prepared: Prepared) -> No
         for piece in row.pieces:
             length = source.length(piece.place, row.fim)
             assert piece.length == length if length <= 256 else piece.offset % 256 == 0
-    is_real = data.read(rows).is_real
+    is_real = data.read(rows, len(rows))[0].is_real
     assert is_real.mean() > 0.9
 
 
@@ -142,7 +142,7 @@ def test_fims_markers_come_from_rearranging_alone_whatever_the_text_holds(
     while (at := drawn.position.sources[ALONE]).document < end:
         drawn = data.draw(drawn.position, 1)
         rows += drawn.rows
-    read = data.read(rows)
+    (read,) = data.read(rows, len(rows))
     setting = rows[0].fim
     num_rearranged = sum(
         block.is_rearranged[place]
@@ -167,7 +167,8 @@ def read_in_order(source, place, setting) -> list[int]:  # type: ignore[no-untyp
     filled = 0
     for start, stop in ranges:
         assert start == filled  # no gap and no overlap
-        source.stream.read_into(row[start:stop], block.starts[at] + start)
+        views = [source.stream.view(block.starts[at] + start, stop - start)]
+        row[start:stop] = source.stream.gather(views)
         filled = stop
     return row.tolist()
 
@@ -203,7 +204,7 @@ def test_no_loss_is_taken_on_a_prompt(answered: FilesData, packing: Packing) -> 
     position, targets, tokens = Position(), [], []
     while position.sources.get(ALONE) is None or position.sources[ALONE].document < documents:
         drawn = data.draw(position, 1)
-        position, rows = drawn.position, data.read(drawn.rows)
+        position, (rows,) = drawn.position, data.read(drawn.rows, 1)
         targets += rows.targets[rows.targets != IGNORED].tolist()
         tokens += rows.tokens[rows.is_real].tolist()
     tokenizer = load_tokenizer(Path(config.folder) / "tokenizer.model")

@@ -3,6 +3,7 @@
 S = seq_len.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -34,9 +35,13 @@ class RandomSamples:
         after = position.samples + count
         return Drawn([*range(position.samples, after)], replace(position, samples=after))
 
-    def read(self, rows: list[int]) -> Rows:
-        """These samples."""
-        return stack_rows([self[index] for index in rows])
+    def read(self, rows: Sequence[int], batch_size: int) -> list[Rows]:
+        """These samples, in batches of so many."""
+        starts = range(0, len(rows), batch_size)
+        return [
+            stack_rows([self[index] for index in rows[start : start + batch_size]])
+            for start in starts
+        ]
 
     def __getitem__(self, index: int) -> Sample:
         seq_len = self._data.seq_len
