@@ -4,6 +4,7 @@ T tokens of this rank, K choices per token, D width, E experts of all ranks, L e
 rank, P ranks of the expert-parallel group, N rows that this rank's experts receive in a chunk.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from model.chunks import split_into_chunks
 from model.recompute import rebuild
 from model.whereabouts import HERE
+from model.wire import decode, encode
 
 
 class Chunk(NamedTuple):
@@ -46,7 +48,8 @@ class Dispatcher:
 
     Without a group all experts are here: nothing travels. No row is ever dropped: the ranks
     exchange as many rows as the routing says, in as many chunks as keep what any of them receives
-    at once within `limit`.
+    at once within `limit`. `in_fp8` what goes to experts (rows, and in the backward pass their
+    results' gradients) travels in FP8; what comes from them never does.
     """
 
     def __init__(
@@ -76,25 +79,32 @@ class Dispatcher:
         fields = zip(sent, received, of_experts, runs, strict=True)
         return Plan(order, [Chunk(*of_chunk) for of_chunk in fields])
 
-    def send(self, rows: Float[Tensor, "R D"], chunk: Chunk) -> Arrived:
+    def send(self, rows: Float[Tensor, "R D"], chunk: Chunk, *, in_fp8: bool = False) -> Arrived:
         """A chunk's rows from all ranks, sorted by this rank's experts."""
         if self.group is None:
             return Arrived(rows, None)
+        wire = Wire(forward=_exchange_in_fp8) if in_fp8 else Wire()
         arrived: Tensor = _Exchange.apply(
-            rows, chunk.sent, chunk.received, self.group, ("dispatch", self.place)
+            rows, chunk.sent, chunk.received, self.group, ("dispatch", self.place), wire
         )
         places = swap_runs(chunk.runs, total=sum(chunk.received))
         return Arrived(_Reorder.apply(arrived, places), places)
 
     def send_back(
-        self, outputs: Float[Tensor, "N D"], places: Int64[Tensor, " N"] | None, chunk: Chunk
+        self,
+        outputs: Float[Tensor, "N D"],
+        places: Int64[Tensor, " N"] | None,
+        chunk: Chunk,
+        *,
+        in_fp8: bool = False,
     ) -> Float[Tensor, "R D"]:
         """The experts' outputs, at the ranks and in the order from which the rows came."""
         if places is None:
             return outputs
         by_rank = _Reorder.apply(outputs, invert(places))
+        wire = Wire(backward=_exchange_in_fp8) if in_fp8 else Wire()
         returned: Tensor = _Exchange.apply(
-            by_rank, chunk.received, chunk.sent, self.group, ("combine", self.place)
+            by_rank, chunk.received, chunk.sent, self.group, ("combine", self.place), wire
         )
         return returned
 
@@ -216,18 +226,20 @@ class _Exchange(torch.autograd.Function):
         received: list[int],
         group: dist.ProcessGroup,
         name: tuple[str, str],
+        wire: "Wire",
     ) -> Tensor:
         ctx.sent, ctx.received, ctx.group, ctx.name = sent, received, group, name
+        ctx.wire = wire
         with HERE.doing(*name, sent=sent, received=received):
-            return _exchange(rows, sent, received, group)
+            return wire.forward(rows, sent, received, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         name, place = ctx.name
         with HERE.doing(f"{name}, backward", place, sent=ctx.received, received=ctx.sent):
-            arrived = _exchange(grad, ctx.received, ctx.sent, ctx.group)
-        return arrived, None, None, None, None
+            arrived = ctx.wire.backward(grad, ctx.received, ctx.sent, ctx.group)
+        return arrived, None, None, None, None, None
 
 
 def _exchange(
@@ -236,3 +248,18 @@ def _exchange(
     arrived = rows.new_empty(sum(received), rows.shape[1])
     dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=group)
     return arrived
+
+
+def _exchange_in_fp8(
+    rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+) -> Tensor:
+    """The same, a byte for each number; the experts, which round to the same numbers, lose none."""
+    message = _exchange(encode(rows), sent, received, group)
+    return decode(message, width=rows.shape[1]).to(rows.dtype)
+
+
+class Wire(NamedTuple):
+    """How rows travel, and their gradients."""
+
+    forward: Callable[..., Tensor] = _exchange
+    backward: Callable[..., Tensor] = _exchange

@@ -4,10 +4,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from model.fp8_swiglu import grouped_swiglu_in_fp8
+from model.products import Products
 from model.recompute import rebuild
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(Products):
     """A gated feed-forward network: the dense layers' whole, the MoE layers' shared experts."""
 
     def __init__(self, dim: int, inner_dim: int) -> None:
@@ -17,6 +19,10 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(inner_dim, dim, bias=False)
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        if self.is_fp8:
+            rows = x.flatten(0, -2)
+            weights = (layer.weight[None] for layer in (self.gate, self.up, self.down))
+            return grouped_swiglu_in_fp8(rows, *weights, counts=[len(rows)]).view_as(x)
         return self.down(rebuild(gate_product, self.gate(x), self.up(x)))
 
 

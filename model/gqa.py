@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from model.attention import AttentionConfig, hide_future
 from model.cache import Cache
+from model.fp8_linear import Kept
+from model.linear import Linear
 from model.rope import Rotation, rotate_halves
 from model.sequences import Sequences
 
@@ -45,10 +47,10 @@ class GQA(nn.Module):
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5 * temperature
         kv_width = config.num_kv_heads * config.head_dim
-        self.query = nn.Linear(dim, config.num_heads * config.head_dim, bias=config.qkv_bias)
-        self.key = nn.Linear(dim, kv_width, bias=config.qkv_bias)
-        self.value = nn.Linear(dim, kv_width, bias=config.qkv_bias)
-        self.out = nn.Linear(config.num_heads * config.head_dim, dim, bias=False)
+        self.query = Linear(dim, config.num_heads * config.head_dim, bias=config.qkv_bias)
+        self.key = Linear(dim, kv_width, bias=config.qkv_bias)
+        self.value = Linear(dim, kv_width, bias=config.qkv_bias)
+        self.out = Linear(config.num_heads * config.head_dim, dim, kept=Kept.e5m6)
 
     def forward(
         self, x: Float[Tensor, "B S D"], rotation: Rotation, *, segments: list[int]

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from model.attention import AttentionConfig, hide_future
 from model.cache import Cache
+from model.fp8_linear import Kept
+from model.linear import Linear
 from model.norm import RMSNorm
 from model.recompute import rebuild
 from model.rope import Rotation, rotate_pairs
@@ -63,21 +65,20 @@ class MLA(nn.Module):
         self.scale = head_dim**-0.5 * temperature
 
         query_width = config.num_heads * head_dim
-        self.q_down: nn.Linear | None = None
+        self.q_down: Linear | None = None
         if config.q_lora_rank is None:
-            self.q_up = nn.Linear(dim, query_width, bias=False)
+            self.q_up = Linear(dim, query_width)
         else:
-            self.q_down = nn.Linear(dim, config.q_lora_rank, bias=False)
+            self.q_down = Linear(dim, config.q_lora_rank)
             self.q_norm = RMSNorm(config.q_lora_rank, eps=norm_eps)
-            self.q_up = nn.Linear(config.q_lora_rank, query_width, bias=False)
-        self.kv_down = nn.Linear(dim, config.kv_lora_rank + config.rope_head_dim, bias=False)
+            self.q_up = Linear(config.q_lora_rank, query_width)
+        self.kv_down = Linear(dim, config.kv_lora_rank + config.rope_head_dim)
         self.kv_norm = RMSNorm(config.kv_lora_rank, eps=norm_eps)
-        self.kv_up = nn.Linear(
+        self.kv_up = Linear(
             config.kv_lora_rank,
             config.num_heads * (config.nope_head_dim + config.v_head_dim),
-            bias=False,
         )
-        self.out = nn.Linear(config.num_heads * config.v_head_dim, dim, bias=False)
+        self.out = Linear(config.num_heads * config.v_head_dim, dim, kept=Kept.e5m6)
 
     def forward(
         self, x: Float[Tensor, "B S D"], rotation: Rotation, *, segments: list[int]

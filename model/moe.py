@@ -133,9 +133,10 @@ class MoE(nn.Module):
 
     def _visit(self, rows: Float[Tensor, "R D"], chunk: Chunk) -> Float[Tensor, "R D"]:
         """To the experts and back."""
-        arrived = self.dispatcher.send(rows, chunk)
+        in_fp8 = self.experts.is_fp8
+        arrived = self.dispatcher.send(rows, chunk, in_fp8=in_fp8)
         outputs = self.experts(arrived.rows, chunk.counts)
-        return self.dispatcher.send_back(outputs, arrived.places, chunk)
+        return self.dispatcher.send_back(outputs, arrived.places, chunk, in_fp8=in_fp8)
 
 
 def check_moe(config: MoEConfig) -> None:

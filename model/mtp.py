@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from model.block import Block, BlockOutput
 from model.cache import Cache
 from model.config import ModelConfig
+from model.linear import Linear
 from model.loss import IGNORED
 from model.norm import RMSNorm
 from model.recompute import rebuild
@@ -37,7 +38,7 @@ class MTP(nn.Module):
         super().__init__()
         self.embed_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.hidden_norm = RMSNorm(config.dim, eps=config.norm_eps)
-        self.project = nn.Linear(2 * config.dim, config.dim, bias=False)
+        self.project = Linear(2 * config.dim, config.dim)
         is_dense = config.num_dense_layers == config.num_layers
         self.block = Block(
             config, is_dense=is_dense, expert_group=expert_group, sequences=sequences

@@ -29,8 +29,10 @@ from torch import Tensor, nn
 
 from data.batches import Batch
 from model.attention import attend
+from model.ffn import SwiGLU
 from model.init import first_experts, initial_value, initialise
 from model.moe import MoE
+from model.products import use_fp8
 from model.transformer import MicroBatch, Sums, Transformer
 from model.whereabouts import HERE
 from train.adamw import AdamW
@@ -111,6 +113,8 @@ class Engine:
                 offloads=parallel.offload_activations,
                 parts=stages.of(ranks.pipeline_rank),
             )
+        if config.precision.fp8:
+            use_fp8(model)
         if parallel.offload_activations and ranks.device.type == "cpu":
             log.warning("parallel.offload_activations=true only copies from host to host here")
         self.model = model
@@ -360,8 +364,13 @@ class Engine:
                 parameter.partition()
         for group in param_groups:
             group["params"] = [born[id(empty)] for empty in group["params"]]
-        # The head's matrix is used outside the module that holds it, by the model's own forward.
+        # These are used outside the module that holds them: the head's matrix by the model's own
+        # forward, a SwiGLU's three by the SwiGLU where it takes its products in FP8.
         deepspeed.zero.register_external_parameter(self.model, born[id(head)])
+        for module in self.model.modules():
+            if isinstance(module, SwiGLU) and config.precision.fp8:
+                for parameter in module.parameters():
+                    deepspeed.zero.register_external_parameter(module, parameter)
 
     @torch.no_grad()
     def _restore_masters(self, config: RunConfig) -> None:

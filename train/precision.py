@@ -21,3 +21,6 @@ class PrecisionConfig:
     #: accumulated gradients are fp32 in any case, and so are router, softmax and loss; moments are
     #: as `optimizer.moments` says.
     dtype: Dtype = Dtype.fp32
+    #: Whether the blocks' products with weights are of FP8 numbers summed in fp32, as DeepSeek-V3's
+    #: (docs/precision.md), and rows travel to their experts in FP8.
+    fp8: bool = False

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from model.gqa import GQAConfig
 from model.mla import MLAConfig
 from model.recompute import Recompute
+from model.wire import message_bytes
 from train.config import RunConfig
 from train.memory import Share, shares_of
 from train.parallel import ParallelConfig
@@ -55,6 +56,8 @@ def largest_traffic(config: RunConfig, *, num_ranks: int) -> Traffic:
         # There and back, forward and backward; full recomputation goes there and back again.
         trips = 6 if parallel.recompute is Recompute.full else 4
         row = model.dim * size * _others(parallel.expert)
+        if config.precision.fp8:  # what goes to the experts: every other trip
+            row = (row + message_bytes(model.dim) * _others(parallel.expert)) / 2
         experts = trips * tokens * model.moe.top_k * row * model.num_moe_layers / parallel.pipeline
     if parallel.sequence > 1:
         trips = 3 if parallel.recompute is Recompute.full else 2

@@ -136,6 +136,30 @@ def test_bf16_stays_near_fp32_and_keeps_fp32_masters_and_bias(
     assert (got.state[name] - reference.state[name]).abs().max() < 1e-2
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"expert": 2, "zero_stage": 3, "recompute": Recompute.selective},
+        *(
+            pytest.param({"expert": expert, "zero_stage": stage, **more}, marks=pytest.mark.slow)
+            for expert in (1, 2)
+            for stage in ZERO_STAGES
+            for more in ({}, {"recompute": Recompute.full}, {"offload_activations": True})
+        ),
+    ],
+)
+def test_fp8_stays_near_fp32_and_keeps_fp32_masters(
+    tmp_path: Path, reference: Trained, layout: dict[str, Any]
+) -> None:
+    got = train_layout(tmp_path, 2, accumulation=2, dtype=Dtype.bf16, fp8=True, **layout)
+    torch.testing.assert_close(got.losses, reference.losses, rtol=2e-2, atol=0)
+    assert not torch.equal(got.losses, reference.losses)
+    assert all(tensor.dtype == torch.float32 for tensor in got.state.values())
+    name = "weight/layers.1.ffn.experts.gate"
+    assert (got.state[name] - reference.state[name]).abs().max() < 1e-2
+    assert not torch.equal(got.state[name].bfloat16().float(), got.state[name])
+
+
 def test_clipping_scales_every_gradient_by_the_norm_over_all_experts(tmp_path: Path) -> None:
     """SGD-like check through AdamW's first moment: m = (1 - beta1) * clipped gradient."""
     one = train_layout(tmp_path, 1)

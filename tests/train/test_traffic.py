@@ -7,6 +7,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from model.recompute import Recompute
@@ -20,9 +21,15 @@ from train.precision import Dtype, PrecisionConfig
 from train.traffic import largest_traffic
 from train.update import count_denominators, update
 
+PRECISIONS = {
+    "fp32": PrecisionConfig(dtype=Dtype.fp32),
+    "bf16": PrecisionConfig(dtype=Dtype.bf16),
+    "fp8": PrecisionConfig(dtype=Dtype.bf16, fp8=True),
+}
+
 
 def count_messages(config: RunConfig, num_ranks: int) -> Counter[str]:
-    """Bytes of floating point that all ranks hand to each collective in one step."""
+    """Bytes of numbers that all ranks hand to each collective in one step."""
     check_run(config, num_ranks=num_ranks)
 
     def on_rank() -> Counter[str]:
@@ -33,7 +40,7 @@ def count_messages(config: RunConfig, num_ranks: int) -> Counter[str]:
 
             def call(*args: Any, **kwargs: Any) -> Any:
                 sent = signature(collective).bind(*args, **kwargs).arguments[argument]
-                if sent.dtype.is_floating_point:
+                if sent.dtype.is_floating_point or sent.dtype == torch.uint8:  # of FP8
                     counts[name] += sent.nbytes
                 return collective(*args, **kwargs)
 
@@ -59,21 +66,22 @@ def count_messages(config: RunConfig, num_ranks: int) -> Counter[str]:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "accumulation", "layout", "dtype"),
+    ("num_ranks", "accumulation", "layout", "precision"),
     [
-        pytest.param(2, 2, {"zero_stage": 0}, Dtype.bf16, marks=pytest.mark.slow),
-        pytest.param(2, 2, {"zero_stage": 1}, Dtype.bf16, marks=pytest.mark.slow),
-        (2, 2, {"zero_stage": 2}, Dtype.bf16),
-        pytest.param(2, 1, {"zero_stage": 1, "expert": 2}, Dtype.fp32, marks=pytest.mark.slow),
-        (2, 2, {"zero_stage": 1, "expert": 2, "recompute": Recompute.full}, Dtype.bf16),
+        pytest.param(2, 2, {"zero_stage": 0}, "bf16", marks=pytest.mark.slow),
+        pytest.param(2, 2, {"zero_stage": 1}, "bf16", marks=pytest.mark.slow),
+        (2, 2, {"zero_stage": 2}, "bf16"),
+        pytest.param(2, 1, {"zero_stage": 1, "expert": 2}, "fp32", marks=pytest.mark.slow),
+        (2, 1, {"zero_stage": 1, "expert": 2}, "fp8"),
+        (2, 2, {"zero_stage": 1, "expert": 2, "recompute": Recompute.full}, "bf16"),
     ],
 )
 def test_a_step_sends_what_is_planned(
-    tmp_path: Path, num_ranks: int, accumulation: int, layout: dict[str, Any], dtype: Dtype
+    tmp_path: Path, num_ranks: int, accumulation: int, layout: dict[str, Any], precision: str
 ) -> None:
     parallel = ParallelConfig(micro_batch_size=8 // num_ranks // accumulation, **layout)
-    precision = PrecisionConfig(dtype=dtype)
-    config = tiny_run(tmp_path, model=wide_model(), parallel=parallel, precision=precision)
+    config = tiny_run(tmp_path, model=wide_model(), parallel=parallel)
+    config.precision = PRECISIONS[precision]
     planned = largest_traffic(config, num_ranks=num_ranks)
     sent = count_messages(config, num_ranks)
     others = (num_ranks - 1) / num_ranks

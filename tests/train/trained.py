@@ -71,6 +71,7 @@ def train_layout(
     *,
     accumulation: int = 1,
     dtype: Dtype = Dtype.fp32,
+    fp8: bool = False,
     model: ModelConfig | None = None,
     optimizer: OptimizerConfig | None = None,
     **layout: Any,
@@ -83,7 +84,7 @@ def train_layout(
         model=model or tiny_model(),
         optimizer=optimizer or OptimizerConfig(),
         parallel=parallel,
-        precision=PrecisionConfig(dtype=dtype),
+        precision=PrecisionConfig(dtype=dtype, fp8=fp8),
     )
     check_run(config, num_ranks=num_ranks)
     return run_ranks(num_ranks, lambda: train_steps(config))[0]

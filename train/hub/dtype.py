@@ -5,7 +5,8 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from train.hub.fp8_blocks import count_blocks, dequantise, quantise
+from model.fp8 import quantise_blocks
+from train.hub.fp8_blocks import count_blocks, dequantise
 from train.hub.names import HubTensor
 from train.tensor_stream import TensorSpec
 
@@ -40,7 +41,7 @@ def encode(tensor: HubTensor, values: Tensor, dtype: HubDtype) -> list[Tensor]:
     if tensor.is_bias:
         return [values]
     if dtype is HubDtype.fp8 and tensor.is_quantised:
-        return list(quantise(values))
+        return list(quantise_blocks(values))
     return [values.to(dtype.torch)]
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from train.hub.fp8_blocks import count_blocks, dequantise, quantise
+from model.fp8 import quantise_blocks as quantise
+from train.hub.fp8_blocks import count_blocks, dequantise
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (300, 200), (5, 7), (576, 130)])

@@ -16,6 +16,7 @@ from torch import Tensor
 from data.prepare import tokenizer_path
 from data.tokenizer import TokenizerConfig
 from model.config import MTPConfig
+from model.fp8 import quantise_blocks as quantise
 from tests.train.hub.families import FAMILIES
 from tests.train.random_run import random_run
 from tests.train.tiny import tiny_run
@@ -24,7 +25,7 @@ from train.coverage import check_coverage
 from train.hub.config import to_hub_config
 from train.hub.dtype import SCALE, HubDtype
 from train.hub.export import ExportConfig, export
-from train.hub.fp8_blocks import dequantise, quantise
+from train.hub.fp8_blocks import dequantise
 from train.hub.import_weights import describe_model, import_weights
 from train.hub.published import keep_published
 from train.integrity import verify_files
