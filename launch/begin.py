@@ -9,7 +9,7 @@ from pathlib import Path
 from data.config import MixtureData, find_folder
 from data.prepare import prepare
 from launch.compose import Job, to_config
-from launch.config import LaunchedRun, check_launched
+from launch.config import LaunchedRun, LocalLaunch, check_launched
 from launch.run_folder import hold_folder, prepare_folder, take_up
 from train.restore import check_start
 
@@ -34,6 +34,8 @@ def settle(job: Job) -> LaunchedRun:
     if isinstance(config.data, MixtureData):
         for source in config.data.sources:
             source.folder = str(find_folder(source).absolute())
+    if not isinstance(config.launch, LocalLaunch):  # ranks elsewhere start in other folders
+        config = dataclasses.replace(config, run_dir=str(Path(config.run_dir).absolute()))
     check_start(config)
     return config
 

@@ -11,58 +11,28 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from typing import Any
 
 from data.config import DataConfig, MixtureData
 from launch.answer import ask_here
 from launch.begin import settle
 from launch.compose import Job, run_jobs, worst
-from launch.config import HostsLaunch, LaunchedRun, LocalLaunch
+from launch.config import HostsLaunch, LaunchConfig, LaunchedRun, LocalLaunch, SshLaunch
+from launch.findings import Findings, report
 from launch.probe import mark_path
+from launch.rates import describe_rates, list_rates
 from launch.ssh import ask_all
 from train.outcome import ExitCode
 
 log = logging.getLogger(__name__)
 
-WIDTH = 120
 PROBE_SECONDS = 60.0
 NETWORK_SECONDS = 240.0
 GB = 1e9
 
 Facts = dict[str, Any]
-
-
-class Finding(NamedTuple):
-    """One check of one node."""
-
-    check: str
-    host: str
-    is_good: bool
-    text: str
-    way_out: str = ""
-
-
-@dataclass(slots=True)
-class Findings:
-    hosts: list[str]
-    findings: list[Finding] = field(default_factory=list)
-
-    @property
-    def is_healthy(self) -> bool:
-        return all(finding.is_good for finding in self.findings)
-
-    def add(self, check: str, host: str, problem: str, text: str, way_out: str) -> None:
-        """A green finding with `text` where there is no problem, else a red one."""
-        self.findings.append(
-            Finding(check, host, not problem, problem or text, way_out if problem else "")
-        )
 
 
 def main() -> ExitCode:
@@ -90,6 +60,7 @@ def examine(config: LaunchedRun) -> Findings:
         "run_dir": str(run_dir),
         "corpora": find_corpora(config.data),
         "interface": getattr(launch, "interface", None),
+        "first_name": _first_name(launch),
         "nonce": nonce,
     }
     port = getattr(launch, "port", None)
@@ -115,38 +86,11 @@ def examine(config: LaunchedRun) -> Findings:
     return findings
 
 
-def report(findings: Findings) -> None:
-    """A row per check and a column per node, then a way out for each red."""
-    table = Table("check", box=box.SIMPLE)
-    for host in findings.hosts:
-        table.add_column(host)
-    cells: dict[str, dict[str, Finding]] = {}
-    for finding in findings.findings:
-        cells.setdefault(finding.check, {})[finding.host] = finding
-    for check, row in cells.items():
-        table.add_row(check, *(_cell(row.get(host)) for host in findings.hosts))
-    console = Console(width=max(WIDTH, 24 * (len(findings.hosts) + 1)), stderr=True)
-    console.print(table)
-    for finding in findings.findings:
-        if not finding.is_good:
-            console.print(
-                f"[red]{finding.host}[/]: {finding.check}: {finding.text}; {finding.way_out}",
-                soft_wrap=True,
-                highlight=False,
-            )
-
-
 def find_corpora(data: DataConfig) -> list[str]:
     """The folders that every node reads."""
     if isinstance(data, MixtureData):
         return [source.folder for source in data.sources]
     return [data.folder]
-
-
-def _cell(finding: Finding | None) -> str:
-    if finding is None:
-        return ""
-    return f"[{'green' if finding.is_good else 'red'}]{finding.text}[/]"
 
 
 def _hosts(config: LaunchedRun) -> list[str]:
@@ -161,6 +105,13 @@ def _hosts(config: LaunchedRun) -> list[str]:
                 f"launch={launch.kind}: the nodes are not known before Slurm or the cluster gives "
                 "them; doctor looks at those of launch=ssh and launch=local"
             )
+
+
+def _first_name(launch: LaunchConfig) -> str:
+    """The name by which ranks look for the first node; empty where they are told its address."""
+    if isinstance(launch, SshLaunch) or not isinstance(launch, HostsLaunch):
+        return ""
+    return launch.list_hosts()[0].name.rpartition("@")[2]
 
 
 def _asker(config: LaunchedRun) -> Callable[[str, list[dict[str, Any]], list[str]], list[Facts]]:
@@ -226,8 +177,8 @@ def _judge_same(findings: Findings, check: str, values: dict[str, str], way_out:
         findings.add(check, host, "missing" if value == "missing" else problem, value, way_out)
 
 
-def _judge_devices(findings: Findings, config: LaunchedRun, good: dict[str, Facts]) -> None:
-    """GPUs: none anywhere, or enough of the same everywhere."""
+def judge_devices(findings: Findings, config: LaunchedRun, good: dict[str, Facts]) -> None:
+    """GPUs: none anywhere, or enough of the same, under the same driver, everywhere."""
     needed = config.launch.processes
     has_any = any(known["gpus"] for known in good.values())
     for host, known in good.items():
@@ -235,6 +186,11 @@ def _judge_devices(findings: Findings, config: LaunchedRun, good: dict[str, Fact
         problem = f"{count} GPUs, {needed} needed" if has_any and count < needed else ""
         text = f"{count} x {known['gpus'][0]}" if count else "none (CPU)"
         findings.add("GPUs", host, problem, text, "choose fewer launch.processes or another node")
+    if has_any:
+        kinds = {host: ", ".join(sorted(set(known["gpus"]))) for host, known in good.items()}
+        _judge_same(findings, "kind of GPU", kinds, "take nodes with the same GPUs")
+        drivers = {host: known["driver"] for host, known in good.items()}
+        _judge_same(findings, "driver", drivers, "install the same NVIDIA driver on every node")
 
 
 def _judge_room(findings: Findings, config: LaunchedRun, good: dict[str, Facts]) -> None:
@@ -264,6 +220,11 @@ def _judge_addresses(findings: Findings, config: LaunchedRun, good: dict[str, Fa
         text = f"{interface['name']} {interface['address'] or ''}"
         way_out = "name an interface that all nodes have: launch.interface=NAME (see `ip address`)"
         findings.add("interface", host, problem, text, way_out)
+        if known["resolved"]:
+            resolved = known["resolved"]
+            text = f"{resolved['name']} is {resolved['address']}"
+            way_out = "mend the node's /etc/hosts or DNS, or use launch=ssh, which needs no names"
+            findings.add("name resolution", host, resolved["problem"], text, way_out)
         if place == 0 and getattr(config.launch, "port", None) is not None:
             way_out = "choose another launch.port, or leave it out: a free one is taken"
             findings.add(
@@ -321,35 +282,13 @@ def _judge_network(
             findings.add("network", host, str(answer["problem"]), "", way_out)
     rates = next((answer for answer in answers if "all_reduce" in answer), None)
     if rates is not None:
-        for host, text, problem in _describe_rates(rates, hosts, doctor.min_bandwidth_gbps):
+        for host, text, problem in describe_rates(rates, hosts, doctor.min_bandwidth_gbps):
             way_out = "look at its cable, switch port and interface, or take it out"
             findings.add("network", host, problem, text, way_out)
-        log.info(
-            "all-reduce %.2f GB/s, all-to-all %.2f GB/s over all nodes; slowest link %s",
-            *(rates[name] / GB for name in ("all_reduce", "all_to_all")),
-            _slowest(rates, hosts),
-        )
+        findings.notes += list_rates(rates, hosts)
 
 
-def _describe_rates(
-    rates: dict[str, Any], hosts: list[str], least: float
-) -> Iterator[tuple[str, str, str]]:
-    """Host, its slowest link in words, and the problem with it."""
-    for node, host in enumerate(hosts):
-        own = {name: rate for name, rate in rates["pairs"].items() if str(node) in name.split("-")}
-        name, rate = min(own.items(), key=lambda item: item[1])
-        peer = hosts[next(int(end) for end in name.split("-") if int(end) != node)]
-        text = f"{rate / GB:.2f} GB/s to {peer}"
-        yield host, text, f"{text}, {least:g} needed" if rate / GB < least else ""
-
-
-def _slowest(rates: dict[str, Any], hosts: list[str]) -> str:
-    name, rate = min(rates["pairs"].items(), key=lambda item: item[1])
-    left, right = (hosts[int(end)] for end in name.split("-"))
-    return f"{left} - {right} ({rate / GB:.2f} GB/s)"
-
-
-CHECKS = (_judge_versions, _judge_devices, _judge_room, _judge_addresses)
+CHECKS = (_judge_versions, judge_devices, _judge_room, _judge_addresses)
 
 
 if __name__ == "__main__":

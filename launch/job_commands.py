@@ -9,9 +9,8 @@ from pathlib import Path
 
 from launch.config import HostsLaunch, OpenMPILaunch, SlurmLaunch
 from launch.node_ranks import module_environment
-from launch.order import RUN_VARIABLE, SECRET, passed_environment
+from launch.order import SECRET, passed_environment
 from launch.ssh import OPTIONS
-from train.stall import ATTEMPT_VARIABLE
 
 HOSTFILE = "hostfile"
 ENVIRONMENT_FILE = "deepspeed_env"
@@ -34,10 +33,11 @@ def srun_command(launch: SlurmLaunch, run_dir: Path, hosts: list[str]) -> list[s
     return [*command, *_rank(sys.executable, run_dir)]
 
 
-def mpirun_command(launch: OpenMPILaunch, run_dir: Path, hosts: list[str]) -> list[str]:
+def mpirun_command(
+    launch: OpenMPILaunch, run_dir: Path, hosts: list[str], variables: set[str]
+) -> list[str]:
     """Open MPI over ssh; variables travel by name, their values don't stand on the command line."""
-    names = {*passed_environment(), *module_environment(), "MASTER_ADDR", "MASTER_PORT"}
-    names |= {RUN_VARIABLE, ATTEMPT_VARIABLE}
+    names = {*passed_environment(), *module_environment(), *variables}
     command = [
         "mpirun",
         *("-np", str(len(hosts) * launch.processes)),
@@ -50,7 +50,7 @@ def mpirun_command(launch: OpenMPILaunch, run_dir: Path, hosts: list[str]) -> li
 
 
 def pdsh_command(run_dir: Path, hosts: list[str], *, address: str, port: int) -> list[str]:
-    """DeepSpeed's runner. It reads hosts and environment from files (`write_pdsh_files`)."""
+    """DeepSpeed's runner. It reads hosts and environment from files (`pdsh_files`)."""
     return [
         *(sys.executable, "-m", "launch.bound", "deepspeed.launcher.runner"),
         *("--launcher", "pdsh", "--force_multi"),
@@ -71,20 +71,19 @@ def pdsh_environment(run_dir: Path) -> dict[str, str]:
     }
 
 
-def write_pdsh_files(
+def pdsh_files(
     launch: HostsLaunch, run_dir: Path, hosts: list[str], environment: dict[str, str]
-) -> None:
+) -> dict[Path, str]:
     """Hosts, and the ranks' variables. DeepSpeed writes these on command lines: no secrets."""
-    lines = [f"{host} slots={launch.processes}\n" for host in hosts]
-    (run_dir / HOSTFILE).write_text("".join(lines))
     variables = {**passed_environment(), **module_environment(), **environment}
-    (run_dir / ENVIRONMENT_FILE).write_text(
-        "".join(
+    return {
+        run_dir / HOSTFILE: "".join(f"{host} slots={launch.processes}\n" for host in hosts),
+        run_dir / ENVIRONMENT_FILE: "".join(
             f"{name}={value}\n"
             for name, value in variables.items()
             if not SECRET.search(name) and value and "\n" not in value
-        )
-    )
+        ),
+    }
 
 
 def _rank(python: str, run_dir: Path) -> list[str]:

@@ -8,12 +8,22 @@ from pathlib import Path
 
 from launch.begin import begin, settle
 from launch.compose import Job, run_jobs, worst
-from launch.config import HostsLaunch, LaunchedRun, SlurmLaunch, TorchrunLaunch
-from launch.doctor import examine, report
+from launch.config import (
+    HostsLaunch,
+    LaunchedRun,
+    PdshLaunch,
+    SlurmLaunch,
+    SshLaunch,
+    TorchrunLaunch,
+)
+from launch.doctor import examine
+from launch.findings import report
 from launch.help import describe_launch
+from launch.job_commands import pdsh_files
 from launch.node_ranks import LOOPBACK
 from launch.order import without_secrets
 from launch.slurm import submit, write_script
+from launch.ssh import remote_command
 from launch.starters import (
     Attempt,
     LocalStarter,
@@ -21,6 +31,7 @@ from launch.starters import (
     SshStarter,
     build_order,
     build_starter,
+    job_environment,
 )
 from launch.supervise import Supervisor
 from launch.sweep import report_sweep
@@ -91,8 +102,30 @@ def show_job(job: Job) -> ExitCode:
         hosts = launch.list_hosts()
         print(f"# spares: {', '.join(host.name for host in hosts[launch.nodes :]) or 'none'}")
         nodes = [Ready(host.name, host.name, launch.port or 0) for host in hosts[: launch.nodes]]
-    attempt = Attempt(run_dir, "RUN_ID", 1, nodes, launch)
+        show_questions(launch, [host.name for host in hosts])
+    show_start(Attempt(run_dir, "RUN_ID", 1, nodes, launch))
+    return ExitCode.FINISHED
+
+
+def show_questions(launch: HostsLaunch, hosts: list[str]) -> None:
+    """The commands by which nodes are asked what they are, before a start."""
+    modules = ["launch.probe", "launch.network"] if launch.doctor.enabled else []
+    if isinstance(launch, SshLaunch):
+        modules.append("launch.hello")
+    for module in modules:
+        print(f"# before the start, likewise on {', '.join(hosts)}:")
+        print(shlex.join(remote_command(launch, hosts[0], module)))
+
+
+def show_start(attempt: Attempt) -> None:
+    """The commands of a start, with the files and the words that they read."""
+    launch = attempt.launch
     starter = build_starter(launch)
+    if isinstance(launch, PdshLaunch):
+        hosts = [node.host for node in attempt.nodes]
+        files = pdsh_files(launch, attempt.run_dir, hosts, job_environment(attempt))
+        for path, text in files.items():
+            print(f"# {path}:\n{text.rstrip()}")
     for node, command in enumerate(starter.commands(attempt)):
         print(shlex.join(command))
         if isinstance(starter, SshStarter | LocalStarter):
@@ -101,7 +134,6 @@ def show_job(job: Job) -> ExitCode:
                 f"# its standard input (address and port are those found at the start): "
                 f"{json.dumps(order)}"
             )
-    return ExitCode.FINISHED
 
 
 def describe_torchrun(config: LaunchedRun) -> str:

@@ -113,13 +113,29 @@ class AgentLink(Link):
 
 
 class JobLink(Link):
-    """All nodes behind one process of somebody else's; signals reach the ranks through it."""
+    """All nodes behind one process of somebody else's, and a way to the ranks around it."""
+
+    def __init__(
+        self,
+        hosts: list[str],
+        process: subprocess.Popen[str],
+        events: "Queue[Event]",
+        hear: Hear,
+        *,
+        signal_ranks: Callable[[str], None] | None = None,  # null: the process passes signals on
+    ) -> None:
+        self.signal_ranks = signal_ranks
+        super().__init__(hosts, process, events, hear)
 
     def say(self, word: str) -> None:
-        if word == "stop":
-            self.process.terminate()
-        elif word == "kill":
+        if word == "alive":
+            return
+        if self.signal_ranks is not None:
+            self.signal_ranks(word)
+        if word == "kill":
             self.process.kill()
+        elif self.signal_ranks is None:
+            self.process.terminate()
 
 
 def split_line(line: str) -> tuple[str, dict[str, Any] | None]:

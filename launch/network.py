@@ -52,13 +52,17 @@ def measure(asked: dict[str, Any]) -> dict[str, Any]:
     )
     data = torch.zeros(num_bytes // 4 // nodes * nodes, device=device)
     other = torch.empty_like(data)
-    pairs: dict[str, float] = {}
+    pairs: dict[str, dict[str, float]] = {}
     for round_pairs in rounds(nodes):
         for left, right in round_pairs:
             if rank in (left, right):
                 peer = right if rank == left else left
-                seconds = _time(partial(_swap, data, other, peer), device)
-                pairs[f"{left}-{right}"] = data.nbytes / seconds
+                exchange = _time(partial(_swap, data, other, peer), device)
+                reduction = _time(partial(_add, data, other, peer), device)
+                pairs[f"{left}-{right}"] = {
+                    "all_to_all": data.nbytes / exchange,
+                    "all_reduce": data.nbytes / reduction,
+                }
         dist.barrier()
     gathered: list[Any] = [None] * nodes
     dist.all_gather_object(gathered, pairs)
@@ -88,6 +92,16 @@ def _swap(data: torch.Tensor, other: torch.Tensor, peer: int) -> None:
     operations = [dist.P2POp(dist.isend, data, peer), dist.P2POp(dist.irecv, other, peer)]
     for work in dist.batch_isend_irecv(operations):
         work.wait()
+
+
+def _add(data: torch.Tensor, other: torch.Tensor, peer: int) -> None:
+    """All-reduce between two: each adds up one half, then they swap the sums."""
+    half = data.numel() // 2
+    mine = data[:half] if dist.get_rank() < peer else data[-half:]
+    theirs = data[-half:] if dist.get_rank() < peer else data[:half]
+    _swap(theirs, other[:half], peer)
+    mine += other[:half]
+    _swap(mine, theirs, peer)
 
 
 def _time(run: Callable[[], Any], device: torch.device) -> float:

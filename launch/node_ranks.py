@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 # Seconds that ranks may go on saving after the launcher above them has died.
 ORPHANS_GRACE = 60.0
 LOOPBACK = "127.0.0.1"
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # over which ranks talk
 
 
 class World(NamedTuple):
@@ -95,7 +96,7 @@ class NodeRanks:
     def _ranks(self) -> list[psutil.Process]:
         """The ranks themselves, without the launcher above and the workers below them."""
         members = {process.pid: process for process in self._members()}
-        ranks = {pid for pid, process in members.items() if _is_rank(process, self.run_dir)}
+        ranks = {pid for pid, process in members.items() if is_rank(process, self.run_dir)}
         return [members[pid] for pid in ranks if _parent_pid(members[pid]) not in ranks]
 
     def _members(self) -> list[psutil.Process]:
@@ -134,8 +135,7 @@ def rank_environment(
     """
     environment = {
         "OMP_NUM_THREADS": str(threads),
-        "GLOO_SOCKET_IFNAME": interface,
-        "NCCL_SOCKET_IFNAME": interface,
+        **dict.fromkeys(INTERFACE_VARIABLES, interface),
         # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 calls old, at every start.
         "PYTHONWARNINGS": "ignore::FutureWarning",
         **os.environ,
@@ -196,7 +196,7 @@ def free_port(address: str = LOOPBACK) -> int:
         return port
 
 
-def _is_rank(process: psutil.Process, run_dir: Path) -> bool:
+def is_rank(process: psutil.Process, run_dir: Path) -> bool:
     """By its command line: `python -m train RUN_DIR`, or shortly before it becomes that."""
     command: list[str] = []
     with suppress(psutil.Error):

@@ -1,7 +1,8 @@
 """`python -m launch.probe`: what a node is and has, as one line of JSON.
 
 Standard input holds the questions as JSON: `run_dir`, `corpora`, `first` (the first node's address;
-empty on the first node), `interface`, `port`, `nonce` and `node`.
+empty on the first node), `first_name` (by which ranks look for it; may be empty), `interface`,
+`port`, `nonce` and `node`.
 """
 
 import contextlib
@@ -36,17 +37,20 @@ def probe(asked: dict[str, Any]) -> dict[str, Any]:
     """Everything that can be told without importing torch: it takes a second, not five."""
     run_dir = Path(asked["run_dir"])
     written = _leave_mark(run_dir, asked["nonce"], asked["node"])
+    gpus = list_gpus()
     return {
         "hostname": socket.gethostname(),
         "time": time.time(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "code": hash_code(),
-        "gpus": _gpus(),
+        "gpus": [name for name, _ in gpus],
+        "driver": gpus[0][1] if gpus else "none",
         "memory": psutil.virtual_memory().available,
         "disk": psutil.disk_usage(str(_existing(run_dir))).free,
         "shared_memory": _free(SHARED_MEMORY),
         "interface": _interface(asked),
+        "resolved": resolve(asked["first_name"]) if asked["first_name"] else None,
         "port": _try_port(asked["port"]),
         "corpora": _hash_corpora(asked["corpora"]),
         "written": written,
@@ -89,14 +93,26 @@ def _version(package: str) -> str:
         return "missing"
 
 
-def _gpus() -> list[str]:
+def list_gpus() -> list[tuple[str, str]]:
     """Name and driver of each GPU, as nvidia-smi lists them."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         listed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)  # noqa: S603
         if listed.returncode == 0:
-            return [line.strip() for line in listed.stdout.splitlines()]
+            lines = [line.rpartition(",") for line in listed.stdout.splitlines()]
+            return [(name.strip(), driver.strip()) for name, _, driver in lines]
     return []
+
+
+def resolve(name: str) -> dict[str, str]:
+    """The address that a name has here, or why other nodes can't meet there."""
+    try:
+        address = str(socket.getaddrinfo(name, None, socket.AF_INET)[0][4][0])
+    except OSError as error:
+        return {"name": name, "address": "", "problem": f"{name}: {error.strerror or error}"}
+    # Debian gives a host's own name 127.0.1.1: the first node would wait there alone.
+    problem = f"{name} is {address} here, the loopback" if address.startswith("127.") else ""
+    return {"name": name, "address": address, "problem": problem}
 
 
 def _interface(asked: dict[str, Any]) -> dict[str, str | None]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from launch.bound import become
 from launch.interface import interface_towards
+from launch.node_ranks import INTERFACE_VARIABLES
 from train.stall import ATTEMPT_VARIABLE
 
 # Where starters that know nothing of torch say what torch wants to know.
@@ -49,12 +50,11 @@ def name_interface(environment: Mapping[str, str]) -> dict[str, str]:
     """The interface that leads to the first node, unless one was chosen: not whatever the host's
     own name resolves to."""
     address = environment.get("MASTER_ADDR", "")
-    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-    if not address or all(name in environment for name in names):
+    if not address or all(name in environment for name in INTERFACE_VARIABLES):
         return {}
     with suppress(OSError):
         interface = interface_towards(address)
-        return {name: interface for name in names if name not in environment}
+        return {name: interface for name in INTERFACE_VARIABLES if name not in environment}
     return {}
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from queue import Queue
 from typing import NamedTuple, Protocol
@@ -20,14 +21,16 @@ from launch.job_commands import (
     mpirun_command,
     pdsh_command,
     pdsh_environment,
+    pdsh_files,
     srun_command,
-    write_pdsh_files,
 )
 from launch.link import AgentLink, Event, Hear, JobLink, Link
-from launch.node_ranks import LOOPBACK, free_port, module_environment
+from launch.node_ranks import INTERFACE_VARIABLES, LOOPBACK, free_port, module_environment
 from launch.order import RUN_VARIABLE, Order, encode, passed_environment
 from launch.ssh import ask_all, remote_command
 from train.stall import ATTEMPT_VARIABLE
+
+SIGNAL_SECONDS = 30.0  # for a word to ranks behind somebody else's launcher
 
 
 class Ready(NamedTuple):
@@ -123,11 +126,18 @@ class JobStarter:
         extra: dict[str, str] = {}
         if isinstance(self.launch, PdshLaunch):
             hosts = [node.host for node in attempt.nodes]
-            write_pdsh_files(self.launch, attempt.run_dir, hosts, job_environment(attempt))
+            environment = job_environment(attempt)
+            files = pdsh_files(self.launch, attempt.run_dir, hosts, environment)
+            for path, text in files.items():
+                path.write_text(text)
             extra = pdsh_environment(attempt.run_dir)
         extra |= {"MASTER_ADDR": first.address, "MASTER_PORT": str(first.port)}
         process = _open(command, job_environment(attempt) | extra, stdin=subprocess.DEVNULL)
-        return [JobLink([node.host for node in attempt.nodes], process, events, hear)]
+        signal_ranks = None
+        if isinstance(self.launch, HostsLaunch):
+            signal_ranks = partial(_signal_ranks, self.launch, attempt)
+        hosts = [node.host for node in attempt.nodes]
+        return [JobLink(hosts, process, events, hear, signal_ranks=signal_ranks)]
 
     def commands(self, attempt: Attempt) -> list[list[str]]:
         hosts = [node.host for node in attempt.nodes]
@@ -136,7 +146,8 @@ class JobStarter:
             case SlurmLaunch():
                 return [srun_command(self.launch, attempt.run_dir, hosts)]
             case OpenMPILaunch():
-                return [mpirun_command(self.launch, attempt.run_dir, hosts)]
+                names = {*job_environment(attempt), "MASTER_ADDR", "MASTER_PORT"}
+                return [mpirun_command(self.launch, attempt.run_dir, hosts, names)]
             case PdshLaunch():
                 command = pdsh_command(
                     attempt.run_dir, hosts, address=first.address, port=first.port
@@ -180,8 +191,22 @@ def build_order(attempt: Attempt, node: int) -> Order:
 
 
 def job_environment(attempt: Attempt) -> dict[str, str]:
-    """What tells the processes of an attempt from those of earlier ones."""
-    return {RUN_VARIABLE: attempt.run_id, ATTEMPT_VARIABLE: str(attempt.number)}
+    """What every rank of a job is told: its attempt, and the config's interface and threads."""
+    launch = attempt.launch
+    environment = {RUN_VARIABLE: attempt.run_id, ATTEMPT_VARIABLE: str(attempt.number)}
+    interface = getattr(launch, "interface", None)
+    if interface is not None:
+        environment |= dict.fromkeys(INTERFACE_VARIABLES, interface)
+    if launch.threads_per_process is not None:
+        environment["OMP_NUM_THREADS"] = str(launch.threads_per_process)
+    return environment
+
+
+def _signal_ranks(launch: HostsLaunch, attempt: Attempt, word: str) -> None:
+    """`stop` or `kill` for an attempt's ranks, on every node that can be reached."""
+    hosts = [node.host for node in attempt.nodes]
+    arguments = [str(attempt.run_dir), attempt.run_id, word]
+    ask_all(launch, hosts, "launch.signal_ranks", arguments, seconds=SIGNAL_SECONDS)
 
 
 def _start_agents(

@@ -17,7 +17,7 @@ TIMELINE_FILE = "timeline.jsonl"
 @dataclass(slots=True, kw_only=True)
 class Moment:
     time: float  # seconds since 1970
-    event: str  # launched, started, failed, lost, restarting, excluded, stalled, finished, ...
+    event: str  # started, training, failed, restarting, excluded, swept, waiting, finished, ...
     text: str
     attempt: int = 0
     hosts: list[str] = field(default_factory=list)
@@ -33,13 +33,24 @@ class Timeline:
     """Appends moments to the run's file and tells the terminal."""
 
     def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
         self.path = run_dir / TIMELINE_FILE
 
     def note(
-        self, event: str, text: str, *, attempt: int = 0, hosts: list[str] | None = None
+        self,
+        event: str,
+        text: str,
+        *,
+        attempt: int = 0,
+        hosts: list[str] | None = None,
+        at: float | None = None,  # seconds since 1970; null: now
     ) -> None:
         moment = Moment(
-            time=time.time(), event=event, text=text, attempt=attempt, hosts=hosts or []
+            time=time.time() if at is None else at,
+            event=event,
+            text=text,
+            attempt=attempt,
+            hosts=hosts or [],
         )
         line = json.dumps(asdict(moment))
         log.info("%s", moment.describe())

@@ -41,6 +41,7 @@ class Statement:
     detail: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0  # in this activity
     time: float = 0.0  # since 1970, when this was said
+    attempt: int = 0  # the start that this process is of
     stacks: dict[str, str] = field(default_factory=dict)  # by thread
 
     def describe(self) -> str:
@@ -71,6 +72,7 @@ def take_statement(rank: int, *, with_stacks: bool) -> Statement:
         activity=COMPUTING,
         number=HERE.number,
         time=time.time(),
+        attempt=int(os.environ.get(ATTEMPT_VARIABLE, "0")),
     )
     if activity is not None:
         said.activity, said.place = activity.name, activity.place
@@ -172,7 +174,21 @@ def write_statement(folder: Path, words: Statement) -> None:
     """One rank's file; a full disk or a lost file system is no reason to fail."""
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / f"rank-{words.rank:05}.json", asdict(words))
+        write_json(folder / _file_name(words.rank), asdict(words))
+
+
+def withdraw_statement(folder: Path, rank: int) -> None:
+    """What an earlier start said there counts no longer."""
+    for name in (_file_name(rank), *([EXPLANATION] if rank == 0 else [])):
+        with suppress(OSError):
+            (folder / name).unlink()
+
+
+def read_last_words(run_dir: Path, *, rank: int) -> Statement | None:
+    """The rank's last sign of life; None where it gave none, or while it is being replaced."""
+    with suppress(OSError, ValueError, TypeError):
+        return Statement(**read_json(run_dir / HEARTBEATS / _file_name(rank)))
+    return None
 
 
 def read_statements(folder: Path) -> dict[int, Statement]:
@@ -198,6 +214,10 @@ def write_explanation(
         with write_aside(folder / "explanation.md") as file:
             file.write("\n".join([*text, ""]).encode())
         write_json(folder / EXPLANATION, asdict(explanation))
+
+
+def _file_name(rank: int) -> str:
+    return f"rank-{rank:05}.json"
 
 
 def read_explanation(run_dir: Path, *, attempt: int) -> Explanation | None:

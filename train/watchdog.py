@@ -24,6 +24,7 @@ from train.stall import (
     read_statements,
     stall_folder,
     take_statement,
+    withdraw_statement,
     write_explanation,
     write_statement,
 )
@@ -40,7 +41,7 @@ class WatchdogConfig:
     #: A step that takes this many times the usual is taken for a stall; 0 turns the watchdog off.
     factor: float = 10.0
     #: Seconds that a step may take in any case.
-    min_seconds: float = 60.0
+    min_seconds: float = 40.0
     #: Seconds that the start, an evaluation or a checkpoint may take.
     max_pause_seconds: float = 1800.0
     #: Seconds between signs of life in the run's folder.
@@ -68,18 +69,23 @@ class Watchdog:
         self.config = config
         self.run_dir = run_dir
         self.ranks = ranks
-        self.attempt = int(os.environ.get(ATTEMPT_VARIABLE, "0"))
+        attempt = int(os.environ.get(ATTEMPT_VARIABLE, "0"))
+        self._stall_folder = stall_folder(run_dir, attempt=attempt)
         self._durations: deque[float] = deque(maxlen=REMEMBERED_STEPS)
         self._last_step = time.monotonic()
         self._is_over = threading.Event()
+        self._one_at_a_time = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def note_step(self, step: int) -> None:
         """A step has ended (called by the training thread)."""
         now = time.monotonic()
+        is_first = not self._durations
         self._durations.append(now - self._last_step)
         self._last_step = now
         HERE.step = step + 1
+        if is_first and self.config.factor:
+            self._say_that_it_lives()  # at once: the launcher times how long a start takes
 
     def note_pause(self) -> None:
         """Something else than a step has ended: the next step's time counts from here."""
@@ -93,6 +99,8 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         if self.config.factor:
+            # An earlier start of the same number (`thrifty train` counts none) may have stalled.
+            withdraw_statement(self._stall_folder, self.ranks.rank)
             self._thread.start()
         return self
 
@@ -105,16 +113,20 @@ class Watchdog:
         self._is_over.set()
 
     def _watch(self) -> None:
-        heartbeats = self.run_dir / HEARTBEATS
         while not self._is_over.wait(self.config.heartbeat_seconds):
-            write_statement(heartbeats, take_statement(self.ranks.rank, with_stacks=False))
+            self._say_that_it_lives()
             if time.monotonic() - self._last_step > self.limit():
                 self._explain()
                 os._exit(ExitCode.STALLED)  # the training thread can't be woken
 
+    def _say_that_it_lives(self) -> None:
+        with self._one_at_a_time:
+            words = take_statement(self.ranks.rank, with_stacks=False)
+            write_statement(self.run_dir / HEARTBEATS, words)
+
     def _explain(self) -> None:
         """Say where this rank is; the first of those that speak says what it comes to."""
-        folder = stall_folder(self.run_dir, attempt=self.attempt)
+        folder = self._stall_folder
         write_statement(folder, take_statement(self.ranks.rank, with_stacks=True))
         deadline = time.monotonic() + self.config.gather_seconds
         said = read_statements(folder)

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import Hosts, missing_tools
-from tests.cluster.launches import SETTINGS, Losses, read_losses
+from tests.cluster.launches import SETTINGS, Losses, Recovery, read_losses
 from tests.command import thrifty
+
+RECOVERIES = pytest.StashKey[list[Recovery]]()
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +61,24 @@ def undisturbed(folder: Path, settings: list[str]) -> Losses:
     )
     assert code == 0, output
     return read_losses(run_dir)
+
+
+@pytest.fixture(scope="session")
+def recoveries(pytestconfig: pytest.Config) -> list[Recovery]:
+    """What the tests measured; printed at the end of the session."""
+    return pytestconfig.stash.setdefault(RECOVERIES, [])
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """From a failure to training again, for each kind of fault."""
+    measured = config.stash.get(RECOVERIES, [])
+    if not measured:
+        return
+    write = terminalreporter.write_line
+    terminalreporter.section("seconds from a fault to training again")
+    write(f"{'fault':34}{'noticed':>9}{'restarted':>11}{'first step':>12}{'in all':>9}")
+    for one in measured:
+        times = f"{one.noticed:9.1f}{one.started:11.1f}{one.trained:12.1f}{sum(one[1:]):9.1f}"
+        write(f"{one.fault:34}{times}")

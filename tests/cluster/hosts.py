@@ -10,15 +10,16 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-TOOLS = ("ip", "unshare", "nsenter", "ssh", "ssh-keygen", "bridge", "/usr/sbin/sshd")
+TOOLS = ("ip", "tc", "bridge", "unshare", "nsenter", "ssh", "ssh-keygen", "/usr/sbin/sshd")
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-SECONDS = 10.0
+SECONDS = 60.0  # a safety net: a host is up in one
 
 INIT = """\
 set -eu
@@ -64,9 +65,19 @@ ClientAliveCountMax 3
 
 
 def missing_tools() -> list[str]:
-    """What has to be installed (`make cluster-tools`) before hosts can be made."""
+    """What this machine lacks (`make cluster-tools`) for hosts to be made."""
     missing = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
-    return missing if os.geteuid() == 0 else ["root", *missing]
+    if os.geteuid() != 0:
+        return ["root", *missing]
+    if not missing:  # in a container even root may lack the right
+        trial = ["unshare", "--mount", "--uts", "--ipc", "--net", "--pid", "--fork", "--"]
+        done = subprocess.run(
+            [*trial, "sh", "-c", "mount -t proc proc /proc && mount -t tmpfs trial /run"],
+            capture_output=True,
+            check=False,
+        )
+        missing += ["the right to make namespaces"] * (done.returncode != 0)
+    return missing
 
 
 class Hosts:
@@ -163,6 +174,24 @@ class Hosts:
         os.kill(self._pids[name], signal.SIGKILL)
         self._processes[name].wait()
 
+    def kill_all(self, name: str) -> None:
+        """Kill every process of a host but its first one and its sshd: it goes on answering."""
+        for pid in set(self.pids(name)) - {self._processes[name].pid, self._pids[name]}:
+            with suppress(OSError):
+                if b"sshd_config" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+
+    def slow(self, name: str, rate: str) -> None:
+        """Limit a host's link to a rate, both ways, until `hasten`."""
+        for where, device in ((name, "eth0"), (self._switch, self._port(name))):
+            limit = f"qdisc add dev {device} root tbf rate {rate} burst 64kb latency 100ms"
+            _run("tc", "-n", where, *limit.split())
+
+    def hasten(self, name: str) -> None:
+        """End of `slow`."""
+        for where, device in ((name, "eth0"), (self._switch, self._port(name))):
+            _run("tc", "-n", where, *f"qdisc del dev {device} root".split())
+
     def cut(self, name: str) -> None:
         """The switch drops a host's packets from now on; its own link stays up."""
         _run("bridge", "-n", self._switch, *f"link set dev {self._port(name)} state 0".split())
@@ -235,3 +264,8 @@ def _wait(claim: Callable[[], bool], complaint: str) -> None:
     while not claim():
         assert time.monotonic() < deadline, complaint
         time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    if missing_tools():
+        sys.exit(f"needs {', '.join(missing_tools())}")

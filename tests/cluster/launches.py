@@ -7,11 +7,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from launch.timeline import Moment, read_timeline
 from tests.cluster.hosts import Hosts
 
-SECONDS = 240.0
+SECONDS = 600.0  # a safety net: what is awaited takes seconds on an idle machine
 
 Losses = dict[int, float]
 
@@ -82,7 +83,18 @@ def moments(run_dir: Path, event: str) -> list[Moment]:
     return [moment for moment in read_timeline(run_dir) if moment.event == event]
 
 
-def seconds_to_recover(run_dir: Path) -> float:
-    """From the failure to the start of the ranks that went on, as the timeline has it."""
+class Recovery(NamedTuple):
+    """How long a fault kept the run from training, in seconds."""
+
+    fault: str
+    noticed: float  # from the fault to the supervisor's knowing
+    started: float  # from there to the start of new ranks: ending the old ones, back-off
+    trained: float  # from there to the end of their first step: Python, DeepSpeed, checkpoint
+
+
+def read_recovery(run_dir: Path, fault: str, *, struck: float) -> Recovery:
+    """The first recovery in the timeline of a run that was struck at that time."""
     failed = moments(run_dir, "failed")[0].time
-    return moments(run_dir, "started")[-1].time - failed
+    started = moments(run_dir, "started")[1].time
+    training = moments(run_dir, "training")[1].time
+    return Recovery(fault, failed - struck, started - failed, training - started)

@@ -1,5 +1,6 @@
 """`thrifty doctor` on real hosts: what is wrong is red, named, and refused before a launch."""
 
+import re
 import subprocess
 import sys
 import sysconfig
@@ -28,6 +29,59 @@ def test_healthy_nodes_are_green_and_the_slowest_link_is_named(
     assert "slowest link th" in output
     assert "all-to-all" in output
     assert list((tmp_path / "run").glob(".doctor-*")) == []
+
+
+def test_every_pair_is_measured_and_a_slow_link_is_named_and_refused(
+    hosts: Hosts, settings: list[str], tmp_path: Path
+) -> None:
+    rules = ["bandwidth=true", "bandwidth_megabytes=4", "min_bandwidth_gbps=0.03"]
+    given = [ALL, *(f"launch.doctor.{rule}" for rule in rules)]
+    hosts.slow("th3", "80mbit")  # 0.01 GB/s; the other links are some hundred times as fast
+    try:
+        code, output = doctor(hosts, settings, tmp_path / "run", *given)
+    finally:
+        hosts.hasten("th3")
+    assert code == 1, output
+    rate = r"all-reduce (\d+\.\d\d) GB/s, all-to-all (\d+\.\d\d) GB/s"
+    slowest = re.search(r"slowest link (th\d - th\d)", output)
+    assert slowest is not None, output
+    assert slowest[1] in ("th1 - th3", "th2 - th3")
+    pairs = re.findall(rf"^  (th\d - th\d): {rate}$", output, re.MULTILINE)
+    assert {pair[0] for pair in pairs} == {"th1 - th2", "th1 - th3", "th2 - th3"}
+    assert re.search(f"all nodes: {rate}", output)
+    assert re.search(r"th3: network: 0\.0\d GB/s to th[12], 0\.03 needed", output)
+
+
+def test_a_clock_that_is_off_is_red(hosts: Hosts, settings: list[str], tmp_path: Path) -> None:
+    """th2's Pythons read a clock that is an hour ahead."""
+    path = next(Path(sysconfig.get_path("purelib")).glob("*.pth"))
+    ahead = tmp_path / "ahead.pth"
+    shift = "import time; time.time = lambda now=time.time: now() + 3600"
+    ahead.write_text(f"{path.read_text()}\n{shift}\n")
+    hosts.run("th2", "mount", "--bind", str(ahead), str(path))
+    try:
+        code, output = doctor(hosts, settings, tmp_path / "run", ALL)
+    finally:
+        hosts.run("th2", "umount", str(path))
+    assert code == 1, output
+    assert re.search(r"th2: clock: off by (359\d|3600)\.\d s; set its clock", output), output
+    assert "th3: clock" not in output
+
+
+def test_a_name_that_leads_to_the_loopback_is_red_where_ranks_need_names(
+    hosts: Hosts, settings: list[str], tmp_path: Path
+) -> None:
+    """Debian gives a host's own name 127.0.1.1: the first node would wait there alone."""
+    changed = tmp_path / "hosts"
+    changed.write_text(f"127.0.1.1 th1\n{(hosts.folder / 'hosts').read_text()}")
+    hosts.run("th1", "mount", "--bind", str(changed), "/etc/hosts")
+    try:
+        code, output = doctor(hosts, settings, tmp_path / "run", ALL, "launch=pdsh")
+    finally:
+        hosts.run("th1", "umount", "/etc/hosts")
+    assert code == 1, output
+    assert "th1: name resolution: th1 is 127.0.1.1 here, the loopback" in output
+    assert "th2: name resolution" not in output
 
 
 def test_a_wrong_package_version_on_one_node_refuses_the_launch(
@@ -96,19 +150,24 @@ def test_a_port_in_use_is_red(hosts: Hosts, settings: list[str], tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("hostfile", "message"),
+    ("hostfile", "setting", "message"),
     [
-        ("th1 slots=1\nth1 slots=1\n", "th1 stands there twice"),
-        ("th1 slots=1\nth2 slots=0\n", "must be NAME slots=N"),
-        ("th1 slots=2\nth2 slots=1\n", "host th2 has slots=1, fewer than launch.processes=2"),
+        ("th1 slots=1\nth1 slots=1\n", "", "th1 stands there twice"),
+        ("th1 slots=1\nth2 slots=0\n", "", "must be NAME slots=N"),
+        ("th1 slots=2\nth2 slots=1\n", "", "host th2 has slots=1, fewer than launch.processes=2"),
+        (
+            "th1 slots=2\nth2 slots=2\n",
+            "parallel.expert=3",
+            "parallel.expert=3 does not divide the 4 ranks",
+        ),
     ],
 )
 def test_a_hostfile_that_does_not_fit_is_refused_before_any_host_is_asked(
-    hosts: Hosts, settings: list[str], tmp_path: Path, hostfile: str, message: str
+    hosts: Hosts, settings: list[str], tmp_path: Path, hostfile: str, setting: str, message: str
 ) -> None:
     path = tmp_path / "hostfile"
     path.write_text(hostfile)
     given = ["launch.processes=2", f"launch.hostfile={path}", "schedule.batch_size=16"]
-    code, output = doctor(hosts, settings, tmp_path / "run", *given)
+    code, output = doctor(hosts, settings, tmp_path / "run", *given, *filter(None, [setting]))
     assert code == 2, output
     assert message in output

@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import PATH, Hosts
-from tests.cluster.launches import Losses, finish, moments, read_losses, start
+from tests.cluster.launches import SECONDS, Losses, finish, moments, read_losses, start
 from tests.cluster.slurm import DAEMONS, Slurm
 
 pytestmark = pytest.mark.cluster
-
-SECONDS = 240.0
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,11 @@ import pytest
 from tests.cluster.hosts import Hosts
 from tests.cluster.launches import (
     Losses,
+    Recovery,
     finish,
     moments,
     read_losses,
+    read_recovery,
     start,
     wait_for_step,
 )
@@ -52,6 +54,10 @@ def kill_rank(hosts: Hosts, run_dir: Path) -> None:
     os.kill(find_rank(hosts, "th2", run_dir), signal.SIGKILL)
 
 
+def kill_processes(hosts: Hosts, run_dir: Path) -> None:
+    hosts.kill_all("th2")
+
+
 def crash_node(hosts: Hosts, run_dir: Path) -> None:
     hosts.crash("th2")
 
@@ -66,6 +72,7 @@ def stop_rank(hosts: Hosts, run_dir: Path) -> None:
 
 FAULTS: dict[str, tuple[Callable[[Hosts, Path], None], str]] = {
     "killed rank": (kill_rank, "a rank on th2 was killed by SIGKILL"),
+    "all processes of a node killed": (kill_processes, "the link to th2 broke"),
     "crashed node": (crash_node, "th2"),
     "cut link": (cut_link, "th2"),
     "stopped rank": (stop_rank, "missing: rank 1 on th2"),
@@ -74,7 +81,12 @@ FAULTS: dict[str, tuple[Callable[[Hosts, Path], None], str]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_ends_in_a_recovery_with_the_same_losses(
-    hosts: Hosts, settings: list[str], undisturbed: Losses, tmp_path: Path, fault: str
+    hosts: Hosts,
+    settings: list[str],
+    undisturbed: Losses,
+    recoveries: list[Recovery],
+    tmp_path: Path,
+    fault: str,
 ) -> None:
     """A node that can't come back is replaced by the spare; the layout stays the same."""
     strike, reason = FAULTS[fault]
@@ -82,6 +94,7 @@ def test_a_fault_ends_in_a_recovery_with_the_same_losses(
     process = launch(hosts, settings, run_dir, SPARE)
     try:
         wait_for_step(run_dir, 50, process)
+        struck = time.time()
         strike(hosts, run_dir)
         code, output = finish(process)
     finally:
@@ -96,6 +109,13 @@ def test_a_fault_ends_in_a_recovery_with_the_same_losses(
     last = moments(run_dir, "started")[-1].hosts
     assert last == (["th1", "th3"] if fault in ("crashed node", "cut link") else ["th1", "th2"])
     assert find_leftovers(hosts, run_dir) == []
+    recoveries.append(read_recovery(run_dir, fault, struck=struck))
+    if fault == "stopped rank":
+        explanation = run_dir / "stalls" / "start-0001" / "explanation.md"
+        assert explanation.stat().st_mtime - struck < 60
+        words = explanation.read_text()
+        assert words.startswith("# rank 0 waits in ")
+        assert "## rank 0, thread MainThread" in words
 
 
 def find_leftovers(hosts: Hosts, run_dir: Path) -> list[int]:
@@ -125,7 +145,7 @@ def test_a_link_cut_for_seconds_costs_no_restart(
 
 
 def test_without_a_spare_the_run_goes_on_with_fewer_nodes(
-    hosts: Hosts, settings: list[str], tmp_path: Path
+    hosts: Hosts, settings: list[str], recoveries: list[Recovery], tmp_path: Path
 ) -> None:
     alike = tmp_path / "undisturbed"  # in the layout that this run begins with: EP 1
     code, output = thrifty(
@@ -138,6 +158,7 @@ def test_without_a_spare_the_run_goes_on_with_fewer_nodes(
     process = launch(hosts, settings, run_dir, *given)
     try:
         wait_for_step(run_dir, 50, process)
+        struck = time.time()
         hosts.cut("th2")
         code, output = finish(process)
     finally:
@@ -154,16 +175,22 @@ def test_without_a_spare_the_run_goes_on_with_fewer_nodes(
     for step in range(resumed + 1, resumed + 21):
         assert losses[step] == pytest.approx(undisturbed[step], rel=1e-5)
     assert find_leftovers(hosts, run_dir) == []
+    recoveries.append(read_recovery(run_dir, "cut link, no spare", struck=struck))
 
 
 def test_a_node_whose_disk_fills_up_is_left_out(
-    hosts: Hosts, settings: list[str], undisturbed: Losses, tmp_path: Path
+    hosts: Hosts,
+    settings: list[str],
+    undisturbed: Losses,
+    recoveries: list[Recovery],
+    tmp_path: Path,
 ) -> None:
     """From step 50 on th2 sees a full disk where the others see the checkpoints."""
     run_dir = tmp_path / "run"
     process = launch(hosts, settings, run_dir, SPARE, "launch.supervision.max_node_failures=1")
     try:
         wait_for_step(run_dir, 50, process)
+        struck = time.time()
         checkpoints = str(run_dir / "checkpoints")
         hosts.run("th2", "mount", "-t", "tmpfs", "-o", "size=4k", "full", checkpoints)
         code, output = finish(process)
@@ -174,6 +201,7 @@ def test_a_node_whose_disk_fills_up_is_left_out(
     (excluded,) = moments(run_dir, "excluded")
     assert excluded.hosts == ["th2"]
     assert moments(run_dir, "started")[-1].hosts == ["th1", "th3"]
+    recoveries.append(read_recovery(run_dir, "full disk", struck=struck))
 
 
 def test_ctrl_c_leaves_a_resumable_run_on_all_nodes(

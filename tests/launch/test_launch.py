@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from launch.config import PdshLaunch
+from launch.job_commands import pdsh_files
 from launch.network import rounds
 from launch.order import passed_environment
 from launch.rank import name_rank
 from launch.slurm import write_script
+from launch.starters import Attempt, Ready, build_starter, job_environment
 from launch.status import describe
 from launch.supervision import SupervisionConfig, backoff
 from launch.timeline import read_timeline
@@ -37,7 +40,8 @@ def test_a_killed_run_is_started_again_and_ends_as_if_nothing_had_happened(
     output, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, output
     events = [moment.event for moment in read_timeline(run_dir)]
-    assert events == ["started", "failed", "restarting", "started", "finished"]
+    starts = ["started", "training", "failed", "restarting", "started", "training", "finished"]
+    assert events == starts
     assert "was killed by SIGKILL" in output
     status = describe(run_dir)
     assert "state       finished" in status
@@ -86,11 +90,36 @@ def test_a_dry_run_shows_commands_without_secrets_and_writes_nothing(
         cwd=tmp_path,
     )
     assert code == 0, output
-    assert output.count("ssh -o") == 2
+    for module, count in (("probe", 1), ("network", 1), ("hello", 1), ("agent", 2)):
+        assert output.count(f"-m launch.{module}") == count
     assert "spares: node3" in output
     assert "verysecret" not in output
     assert '"NCCL_DEBUG": "WARN"' in output
     assert not (tmp_path / "run").exists()
+
+
+def test_no_secret_stands_on_a_command_line_or_in_a_file_of_another_launcher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "verysecret")
+    given = ["experiment=smoke", "launch.hosts=[node1,node2]", "launch.nodes=2", "run_dir=/x"]
+    given += ["launch.interface=eth1", "launch.threads_per_process=3"]
+    nodes = [Ready(name, "10.0.0.1", 29500) for name in ("node1", "node2")]
+    for kind in ("pdsh", "openmpi", "ssh"):
+        launch = compose(*given, f"launch={kind}").launch
+        attempt = Attempt(Path("/x"), "id", 1, nodes, launch)
+        words = [word for command in build_starter(launch).commands(attempt) for word in command]
+        assert [word for word in words if "verysecret" in word] == []
+        if kind == "openmpi":
+            names = [words[place + 1] for place, word in enumerate(words) if word == "-x"]
+            assert {"WANDB_API_KEY", "MASTER_ADDR", "GLOO_SOCKET_IFNAME"} <= set(names)
+        if isinstance(launch, PdshLaunch):
+            names = ["node1", "node2"]
+            files = pdsh_files(launch, Path("/x"), names, job_environment(attempt))
+            text = "".join(files.values())
+            assert "verysecret" not in text
+            assert "GLOO_SOCKET_IFNAME=eth1\n" in text
+            assert "OMP_NUM_THREADS=3\n" in text
 
 
 def test_launch_help_lists_every_way_and_key(tmp_path: Path) -> None:

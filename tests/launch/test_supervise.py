@@ -1,4 +1,4 @@
-"""Who is named when a start fails, whatever order the nodes' words come in."""
+"""Who is named when a start fails, whatever order the nodes' words come in; who starts again."""
 
 import subprocess
 from dataclasses import replace
@@ -14,6 +14,7 @@ from launch.starters import Attempt, Ready
 from launch.supervise import Supervisor
 from launch.timeline import read_timeline
 from tests.command import compose
+from train.outcome import Status
 
 NODES = ["node1", "node2"]
 ERROR = 'sleep {seconds}; echo \'{mark}{{"event": "ended", "code": 1, "signal": null}}\''
@@ -23,10 +24,10 @@ GONE = "sleep {seconds}; exit 255"
 
 
 class ScriptedNodes:
-    """Nodes whose agents are lines of shell."""
+    """Nodes whose agents are lines of shell, the same at every start."""
 
     def __init__(self, scripts: list[str]) -> None:
-        self.scripts = scripts
+        self.scripts = dict(zip(NODES, scripts, strict=True))
 
     def find_ready(self) -> list[Ready]:
         return [Ready(name, "127.0.0.1", 1) for name in NODES]
@@ -42,7 +43,9 @@ class ScriptedNodes:
         ]
 
     def commands(self, attempt: Attempt) -> list[list[str]]:
-        return [["sh", "-c", f"exec 2>/dev/null; {script}"] for script in self.scripts]
+        return [
+            ["sh", "-c", f"exec 2>/dev/null; {self.scripts[node.host]}"] for node in attempt.nodes
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +74,30 @@ def test_the_death_is_named_that_the_others_followed_from(
     Supervisor(replace(config, run_dir=str(tmp_path)), ScriptedNodes(nodes)).run()
     (failed,) = [moment for moment in read_timeline(tmp_path) if moment.event == "failed"]
     assert (failed.text, failed.hosts) == (reason, [host])
+
+
+def test_a_node_that_fails_twice_is_left_out_and_a_limit_ends_the_rest(
+    config: LaunchedRun, tmp_path: Path
+) -> None:
+    rules = replace(
+        config.launch.supervision,
+        backoff_seconds=0,
+        max_restarts=3,
+        min_nodes=1,
+        max_node_failures=2,
+    )
+    given = replace(config, run_dir=str(tmp_path), launch=replace(config.launch, supervision=rules))
+    nodes = [script.format(seconds=0, mark=MARK) for script in (ERROR, KILLED)]
+    outcome = Supervisor(given, ScriptedNodes(nodes)).run()
+    assert outcome.status is Status.failed
+    moments = list(read_timeline(tmp_path))
+    started = [moment.hosts for moment in moments if moment.event == "started"]
+    assert started == [["node1", "node2"], ["node1", "node2"], ["node1"], ["node1"]]
+    assert [moment.hosts for moment in moments if moment.event == "excluded"] == [
+        ["node2"],
+        ["node1"],
+    ]
+    assert moments[-1].event == "given up"
+    # A later launch in the same folder counts on: its stalls and logs are told from the old ones.
+    Supervisor(replace(given, launch=config.launch), ScriptedNodes(nodes)).run()
+    assert [moment.attempt for moment in read_timeline(tmp_path)][-1] == 5

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,16 @@ import torch.distributed as dist
 from model.whereabouts import HERE
 from tests.ranks import run_ranks
 from train.ranks import alone, connect
-from train.stall import read_explanation
+from train.stall import (
+    explain,
+    read_explanation,
+    read_last_words,
+    read_statements,
+    stall_folder,
+    take_statement,
+    write_explanation,
+    write_statement,
+)
 from train.watchdog import Watchdog, WatchdogConfig, check_watchdog
 
 QUICK = WatchdogConfig(
@@ -47,12 +57,31 @@ def test_a_stopped_rank_is_named_by_the_one_that_waits_for_it(tmp_path: Path) ->
     assert "sent [1, 2]" in text
 
 
-def test_a_rank_that_takes_steps_is_left_alone(tmp_path: Path) -> None:
-    with Watchdog(QUICK, run_dir=tmp_path, ranks=alone()) as watchdog:
-        for step in range(1, 8):
-            time.sleep(0.2)
+def test_a_rank_that_takes_steps_is_left_alone_for_longer_than_one_may_take(
+    tmp_path: Path,
+) -> None:
+    patient = replace(QUICK, min_seconds=3.0)  # a busy machine may stop this process for a second
+    with Watchdog(patient, run_dir=tmp_path, ranks=alone()) as watchdog:
+        for step in range(1, 9):
+            time.sleep(0.5)
             watchdog.note_step(step)
     assert not (tmp_path / "stalls").exists()
+
+
+def test_the_first_step_is_told_at_once_and_an_earlier_stall_is_forgotten(tmp_path: Path) -> None:
+    folder = stall_folder(tmp_path, attempt=0)
+    old = take_statement(0, with_stacks=False)
+    write_statement(folder, old)
+    write_explanation(folder, explain({0: old}, {}, num_ranks=2), {0: old})
+    quiet = WatchdogConfig(heartbeat_seconds=600.0)
+    with Watchdog(quiet, run_dir=tmp_path, ranks=alone()) as watchdog:
+        assert read_explanation(tmp_path, attempt=0) is None
+        assert read_statements(folder) == {}
+        assert read_last_words(tmp_path, rank=0) is None
+        watchdog.note_step(7)
+        words = read_last_words(tmp_path, rank=0)
+    assert words is not None
+    assert words.step == 8
 
 
 def test_a_step_may_take_a_multiple_of_the_usual_but_a_checkpoint_its_own_time(
