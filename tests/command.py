@@ -44,7 +44,7 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     )
 
 
-def thrifty(*arguments: str, cwd: Path, seconds: float = 120) -> tuple[int, str]:
+def thrifty(*arguments: str, cwd: Path, seconds: float = 600) -> tuple[int, str]:
     """Exit code of `thrifty ARGUMENTS`, and all that it printed."""
     process = start(*arguments, cwd=cwd)
     output, _ = process.communicate(timeout=seconds)

@@ -29,7 +29,7 @@ def test_a_killed_run_is_started_again_and_ends_as_if_nothing_had_happened(
     smoke: list[str], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    settings = ["schedule.steps=80", "checkpoint.every=10", "evaluation.every=80"]
+    settings = ["schedule.steps=50", "checkpoint.every=10", "evaluation.every=50"]
     process = start(
         *("launch", *smoke, *settings, f"run_dir={run_dir}"),
         *("launch.doctor.enabled=false", "launch.supervision.backoff_seconds=0.1"),

@@ -13,7 +13,7 @@ import pytest
 
 from tests.command import start, thrifty
 
-SECONDS = 120  # for what takes a few when the machine is idle
+SECONDS = 600  # a safety net: what is awaited takes a few when the machine is idle
 
 
 def wait_until(claim: Callable[[], bool]) -> None:
