@@ -12,6 +12,7 @@ from typing import Protocol
 from data.blend import SourceConfig, StageConfig, check_blend
 from data.fim import FimConfig, check_fim
 from data.packing import Packing
+from data.select import SelectConfig, check_select
 from data.template import parse_template
 from data.tokenizer import TokenizerConfig, check_tokenizer
 
@@ -30,6 +31,14 @@ class Format(StrEnum):
     text = "text"  # one document per file
     jsonl = "jsonl"  # one JSON object per line
     parquet = "parquet"  # one document per row
+    arrow = "arrow"  # likewise; a file or a stream, as `datasets` keeps them
+
+
+class Damaged(StrEnum):
+    """What is done about a document that cannot be read."""
+
+    refuse = "refuse"  # stop, and say where it is
+    leave_out = "leave_out"  # go on, and count it in the report
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,6 +59,8 @@ class DataConfig:
     shard_bytes: int = 64 * 2**20
     #: Worker processes that tokenize; none given: one per core.
     processes: int | None = None
+    #: Which documents are kept: quality filters, duplicates.
+    select: SelectConfig = field(default_factory=SelectConfig)
     #: How documents fill sequences: concatenate (cut where one ends) or best_fit (kept whole
     #: wherever possible, padded).
     packing: Packing = Packing.concatenate
@@ -85,8 +96,11 @@ class FilesData(DataConfig):
     template: str | None = None
     #: Text that stands before the document and that no loss is taken on, such as '{question}'.
     prompt_template: str | None = None
-    #: auto, text, jsonl or parquet.
+    #: auto, text, jsonl, parquet or arrow.
     format: Format = Format.auto
+    #: A document that is not UTF-8, not JSON, or has no text_column: refuse it (stop, and say
+    #: where it is) or leave_out (count it in the report).
+    damaged: Damaged = Damaged.refuse
 
 
 @dataclass(slots=True, kw_only=True)
@@ -156,6 +170,7 @@ def check_data(config: DataConfig) -> None:
             f"data.processes={config.processes} must be positive; choose null for one per core"
         )
     check_fim(config.fim)
+    check_select(config.select)
     if isinstance(config, MixtureData):
         check_blend(config.sources, config.stages)
     if isinstance(config, FilesData | HubData):

@@ -41,16 +41,10 @@ def read_documents(config: DataConfig) -> Iterator[Document]:
         ValueError: See `read_files`; a data set without the split, subset or column; text that
             UTF-8 cannot hold.
     """
-    for number, example in enumerate(read_examples(config)):
-        try:
-            text = (example["text"] or "").encode()
-            prompt = (example["prompt"] or "").encode() if "prompt" in example else None
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"document {number} holds half a surrogate pair at character {error.start}, "
-                "which no UTF-8 text can; mend its \\u escape or leave the document out"
-            ) from error
-        yield Document(text, prompt)
+    for example in read_examples(config):
+        text = (example["text"] or "").encode()
+        prompt = (example["prompt"] or "").encode() if "prompt" in example else None
+        yield Document(text, prompt, example.get("left_out"))
 
 
 def read_examples(config: DataConfig) -> Iterable[Example]:
@@ -70,6 +64,7 @@ def read_examples(config: DataConfig) -> Iterable[Example]:
                 "text_column": config.text_column,
                 "template": config.template,
                 "prompt_template": config.prompt_template,
+                "damaged": config.damaged,
             }
             return datasets.IterableDataset.from_generator(read_files, gen_kwargs=options)
         case HubData():

@@ -8,11 +8,17 @@ class Document(NamedTuple):
 
     text: bytes
     prompt: bytes | None = None  # None where the corpus has no prompts
+    left_out: str | None = None  # why it is not stored; None of one that is
 
     @property
     def num_bytes(self) -> int:
         """Size of both."""
         return len(self.text) + len(self.prompt or b"")
+
+    @property
+    def whole(self) -> bytes:
+        """Prompt and text."""
+        return (self.prompt or b"") + self.text
 
 
 class Prompted(NamedTuple):

@@ -3,21 +3,21 @@
 Imports little, because every worker process starts by importing this.
 """
 
-import os
-import signal
-import threading
+from collections import Counter
 from dataclasses import asdict, dataclass
-from hashlib import blake2b, sha256
-from multiprocessing import parent_process
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 from data.atomic_file import read_json, write_json
 from data.document import Document, Ids, Prompted
 from data.manifest import FileRecord, ShardRecord, Split, read_shard_record
+from data.shard_pool import hash_documents
 from data.shards import bin_path, idx_path, write_shard
 from data.tokenizer import Tokenizer, load_tokenizer
 
 RECORDS = "finished_shards"
+EMPTY = "empty"
 
 
 @dataclass(slots=True, frozen=True)
@@ -25,7 +25,9 @@ class EncodedShard:
     """A finished shard of each split; None where no document fell to the split."""
 
     text_sha256: str
-    empty_documents: int
+    left_out: dict[str, int]  # documents by the reason why they are not stored
+    words: dict[str, int]  # of each split's documents, prompts included; whitespace parts words
+    whole_bytes: dict[str, int]  # likewise
     train: ShardRecord | None
     validation: ShardRecord | None
 
@@ -38,23 +40,47 @@ class ShardEncoder:
         self._tokenizer = load_tokenizer(tokenizer_path)
         self._validation_fraction = validation_fraction
 
-    def encode(self, number: int, documents: list[Document]) -> EncodedShard:
+    def work(self, number: int, documents: list[Document]) -> EncodedShard:
         """Writes the shard's files, and last of all the record that says that it is finished.
 
-        Each document becomes bos, its tokens, eos; empty ones are counted and left out.
+        Each document becomes bos, its tokens, eos; what is left out is counted.
         """
-        splits: dict[Split, list[Document]] = {Split.train: [], Split.validation: []}
+        splits: dict[Split, list[Document]] = {split: [] for split in Split}
+        left_out: Counter[str] = Counter()
         for document in documents:
-            if document.text:
+            reason = document.left_out or (None if document.text else EMPTY)
+            if reason is None:
                 splits[split_of(document, self._validation_fraction)].append(document)
+            else:
+                left_out[reason] += 1
         encoded = EncodedShard(
             text_sha256=hash_documents(documents),
-            empty_documents=sum(not document.text for document in documents),
+            left_out=dict(sorted(left_out.items())),
+            words={
+                split: sum(len(document.whole.split()) for document in kept)
+                for split, kept in splits.items()
+            },
+            whole_bytes={
+                split: sum(document.num_bytes for document in kept)
+                for split, kept in splits.items()
+            },
             train=self._write(Split.train, number, splits[Split.train]),
             validation=self._write(Split.validation, number, splits[Split.validation]),
         )
         write_json(record_path(self._folder, number), asdict(encoded))
         return encoded
+
+    def read_kept(self, number: int) -> EncodedShard | None:
+        """The record of a finished shard, None for one that is not."""
+        path = record_path(self._folder, number)
+        if not path.is_file():
+            return None
+        content = read_json(path)
+        splits: dict[str, Any] = {
+            split: read_shard_record(content[split]) if content[split] is not None else None
+            for split in Split
+        }
+        return EncodedShard(**(content | splits))
 
     def _write(self, split: Split, number: int, documents: list[Document]) -> ShardRecord | None:
         if not documents:
@@ -94,61 +120,14 @@ def choose_split(document: bytes, validation_fraction: float) -> Split:
     return Split.validation if held_out else Split.train
 
 
-def hash_documents(documents: list[Document]) -> str:
-    """sha256 of the documents and of where they end."""
-    digest = sha256()
-    for document in documents:
-        for part in (document.text, document.prompt or b""):
-            digest.update(len(part).to_bytes(8))
-            digest.update(part)
-    return digest.hexdigest()
-
-
 def record_path(folder: Path, number: int) -> Path:
     """Where a finished shard is recorded until the whole corpus is finished."""
     return folder / RECORDS / f"{number:05d}.json"
 
 
 def clear_records(folder: Path) -> None:
-    """Removes the records of finished shards, so that all are encoded again if need be."""
-    for path in (folder / RECORDS).glob("*.json*"):
+    """Removes what is kept of finished shards, so that all are made again if need be."""
+    for path in (folder / RECORDS).glob("*"):
         path.unlink()
     if (folder / RECORDS).is_dir():
         (folder / RECORDS).rmdir()
-
-
-def read_record(folder: Path, number: int) -> EncodedShard | None:
-    """The record of a finished shard, None for one that is not."""
-    path = record_path(folder, number)
-    if not path.is_file():
-        return None
-    content = read_json(path)
-    splits = {
-        split: read_shard_record(content[split]) if content[split] is not None else None
-        for split in ("train", "validation")
-    }
-    return EncodedShard(**content | splits)
-
-
-# A process pool hands its workers functions, not objects: each worker keeps its one encoder here.
-_encoder: ShardEncoder
-
-
-def start_worker(folder: Path, tokenizer_path: Path, validation_fraction: float) -> None:
-    """Prepares this worker process, and ties its life to that of the process that started it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent answers it
-    global _encoder
-    _encoder = ShardEncoder(folder, tokenizer_path, validation_fraction)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def encode_in_worker(number: int, documents: list[Document]) -> EncodedShard:
-    """`ShardEncoder.encode` in a worker process."""
-    return _encoder.encode(number, documents)
-
-
-def _die_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()  # returns when the parent has ended, killed or not
-    os._exit(1)

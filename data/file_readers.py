@@ -1,6 +1,8 @@
-"""Documents out of local files: text, jsonl and parquet, plain or compressed.
+"""Documents out of local files: text, jsonl, parquet and arrow, plain or compressed.
 
 Every reader yields {"text": str | None} and raises ValueError with the file and the place in it.
+Where that is the fault of one document, it may be left out instead (`Damaged.leave_out`): then its
+reader yields {"text": None, "left_out": why} in its place.
 """
 
 import bz2
@@ -11,21 +13,39 @@ import logging
 import lzma
 import tokenize
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow  # type: ignore[import-untyped]
+import pyarrow.ipc  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 
-from data.config import Format
+from data.config import Damaged, Format
 from data.template import parse_template
 
 log = logging.getLogger(__name__)
 
 Example = dict[str, str | None]
+NOT_UTF8, NOT_JSON, NO_TEXT = "not_utf8", "not_json", "no_text"
+
+
+class DamagedDocument(ValueError):
+    """One document cannot be read; the next one can."""
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def leave_out(error: DamagedDocument, damaged: Damaged) -> Example:
+    """What stands for a document that cannot be read; raises `error` where that is refused."""
+    if damaged is Damaged.refuse:
+        raise error
+    log.warning("left out: %s", error)
+    return {"text": None, "left_out": error.reason}
 
 
 class Fields:
@@ -61,25 +81,42 @@ class Fields:
         """
         for column, key in self.columns.items():
             if column not in row:
-                raise ValueError(
+                raise DamagedDocument(
                     f"{where} has no {key}={column}, it holds {', '.join(row)}; "
-                    "name the key that holds the text"
+                    "name the key that holds the text",
+                    reason=NO_TEXT,
                 )
         example: Example = {}
         if "text" not in self._templates:
             text = row[self.text_column]
             if text is not None and not isinstance(text, str):
-                raise ValueError(
+                raise DamagedDocument(
                     f"{where}: {self.text_column} should be a string, found "
-                    f"{type(text).__name__}; choose another data.text_column"
+                    f"{type(text).__name__}; choose another data.text_column",
+                    reason=NO_TEXT,
                 )
             example["text"] = text
         try:
             for name, template in self._templates.items():
                 example[name] = template.fill(row)
         except TypeError as error:
-            raise ValueError(f"{where}: {error}; a template takes strings and numbers") from error
+            raise DamagedDocument(
+                f"{where}: {error}; a template takes strings and numbers", reason=NO_TEXT
+            ) from error
+        for text in filter(None, example.values()):
+            _check_utf8(text, where)
         return example
+
+
+def _check_utf8(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DamagedDocument(
+            f"{where} holds half a surrogate pair at character {error.start}, which no UTF-8 text "
+            "can; mend its \\u escape or leave the document out",
+            reason=NOT_UTF8,
+        ) from error
 
 
 FORMATS = {
@@ -87,6 +124,8 @@ FORMATS = {
     ".ndjson": Format.jsonl,
     ".json": Format.jsonl,
     ".parquet": Format.parquet,
+    ".arrow": Format.arrow,
+    ".feather": Format.arrow,
 }
 
 
@@ -127,6 +166,7 @@ def read_files(
     text_column: str,
     template: str | None = None,
     prompt_template: str | None = None,
+    damaged: Damaged = Damaged.refuse,
 ) -> Iterator[Example]:
     """The documents of each file in turn.
 
@@ -138,11 +178,13 @@ def read_files(
     for path in map(Path, paths):
         match find_format(path) if format is Format.auto else format:
             case Format.jsonl:
-                yield from read_jsonl(path, fields)
+                yield from read_jsonl(path, fields, damaged)
             case Format.parquet:
-                yield from read_parquet(path, fields)
+                yield from read_parquet(path, fields, damaged)
+            case Format.arrow:
+                yield from read_arrow(path, fields, damaged)
             case _:
-                yield fields.take({fields.text_column: read_text(path)}, str(path))
+                yield read_text(path, fields, damaged)
 
 
 def find_format(path: Path) -> Format:
@@ -151,46 +193,50 @@ def find_format(path: Path) -> Format:
     return FORMATS.get(name.suffix, Format.text)
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, fields: Fields, damaged: Damaged) -> Example:
     """The file as one document, line ends as they are."""
     with _open(path) as file:
         content = file.read()
     try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(_not_utf8(path, error.start)) from error
+        return fields.take({fields.text_column: _decode(content, path)}, str(path))
+    except DamagedDocument as error:
+        return leave_out(error, damaged)
 
 
-def read_jsonl(path: Path, fields: Fields) -> Iterator[Example]:
+def read_jsonl(path: Path, fields: Fields, damaged: Damaged) -> Iterator[Example]:
     """One document per line; blank lines are passed over."""
     offset = 0
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.isspace():
-                yield _parse_line(path, number, line, offset, fields)
+                try:
+                    yield _parse_line(path, number, line, offset, fields)
+                except DamagedDocument as error:
+                    yield leave_out(error, damaged)
             offset += len(line)
 
 
 def _parse_line(path: Path, number: int, line: bytes, offset: int, fields: Fields) -> Example:
+    text = _decode(line, path, offset)
     try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(_not_utf8(path, offset + error.start)) from error
-    except json.JSONDecodeError as error:
-        raise ValueError(
+        row = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DamagedDocument(
             f"{path}, line {number} is not JSON ({error}); mend or remove the line, "
-            "or set data.format if these are not JSON lines"
+            "or set data.format if these are not JSON lines",
+            reason=NOT_JSON,
         ) from error
     if not isinstance(row, dict):
         column, key = next(iter(fields.columns.items()))
-        raise ValueError(
+        raise DamagedDocument(
             f"{path}, line {number} has no {key}={column}, it holds a {type(row).__name__}; "
-            "each line should be an object that holds the text"
+            "each line should be an object that holds the text",
+            reason=NO_TEXT,
         )
     return fields.take(row, f"{path}, line {number}")
 
 
-def read_parquet(path: Path, fields: Fields) -> Iterator[Example]:
+def read_parquet(path: Path, fields: Fields, damaged: Damaged) -> Iterator[Example]:
     """One document per row, read in batches of rows."""
     try:
         table = pyarrow.parquet.ParquetFile(path)
@@ -201,8 +247,53 @@ def read_parquet(path: Path, fields: Fields) -> Iterator[Example]:
     with table:
         check_columns(str(path), table.schema_arrow, fields)
         columns = list(fields.columns)
-        for batch in table.iter_batches(batch_size=1024, columns=columns):
-            yield from (fields.take(row, str(path)) for row in batch.to_pylist())
+        batches = table.iter_batches(batch_size=1024, columns=columns)
+        yield from _read_batches(path, batches, fields, damaged)
+
+
+def read_arrow(path: Path, fields: Fields, damaged: Damaged) -> Iterator[Example]:
+    """One document per row of an Arrow file (Feather), or of a stream as `datasets` caches it."""
+    with pyarrow.memory_map(str(path)) as file:
+        try:
+            try:
+                table = pyarrow.ipc.open_file(file)
+                batches = (table.get_batch(number) for number in range(table.num_record_batches))
+            except pyarrow.ArrowInvalid:
+                file.seek(0)
+                table = pyarrow.ipc.open_stream(file)
+                batches = iter(table)
+            check_columns(str(path), table.schema, fields)
+            chosen = (batch.select(list(fields.columns)) for batch in batches)
+            yield from _read_batches(path, chosen, fields, damaged)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise ValueError(
+                f"{path} is not an Arrow file or stream, or is cut short ({error}); remove it, or "
+                "set data.format"
+            ) from error
+
+
+def _read_batches(
+    path: Path, batches: Iterable[Any], fields: Fields, damaged: Damaged
+) -> Iterator[Example]:
+    number = 0
+    for batch in batches:
+        for row in range(batch.num_rows):
+            where = f"{path}, row {number}"
+            try:
+                yield fields.take(_take_row(batch, row, where), where)
+            except DamagedDocument as error:
+                yield leave_out(error, damaged)
+            number += 1
+
+
+def _take_row(batch: Any, row: int, where: str) -> dict[str, Any]:
+    try:
+        return {name: batch.column(name)[row].as_py() for name in batch.schema.names}
+    except UnicodeDecodeError as error:  # Arrow does not look at the bytes of strings
+        raise DamagedDocument(
+            f"{where} is not UTF-8 at byte {error.start} of its text; mend it or leave it out",
+            reason=NOT_UTF8,
+        ) from error
 
 
 def check_columns(where: str, schema: Any, fields: Fields) -> None:
@@ -237,9 +328,13 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         ) from error
 
 
-def _not_utf8(path: Path, offset: int) -> str:
-    where = "decompressed byte" if path.suffix in DECOMPRESSORS else "byte"
-    return (
-        f"{path} is not UTF-8 at {where} {offset}; convert it (iconv -f ENCODING -t UTF-8) "
-        "or leave it out of data.paths"
-    )
+def _decode(content: bytes, path: Path, offset: int = 0) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        where = "decompressed byte" if path.suffix in DECOMPRESSORS else "byte"
+        raise DamagedDocument(
+            f"{path} is not UTF-8 at {where} {offset + error.start}; convert it "
+            "(iconv -f ENCODING -t UTF-8) or leave it out of data.paths",
+            reason=NOT_UTF8,
+        ) from error

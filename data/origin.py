@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.atomic_file import hash_file, read_json, write_json
-from data.config import DataConfig, Verify, count_workers
+from data.config import Damaged, DataConfig, Verify, count_workers
 from data.corpus import find_sources
 
 FILE = "origin.json"
@@ -36,6 +36,11 @@ def describe_origin(config: DataConfig, *, verify: Verify) -> Origin:
     """The origin of the corpus as config and input files are now; `full` hashes the files."""
     values = dataclasses.asdict(config)
     settings = {key: value for key, value in values.items() if key not in NOT_COMPARED}
+    # What changes nothing unless it is asked for is noted only then: older corpora lack it.
+    if not config.select.is_asked_for:
+        del settings["select"]
+    if settings.get("damaged") == Damaged.refuse:
+        del settings["damaged"]
     if config.tokenizer.path is not None:
         fingerprint = hash_file(Path(config.tokenizer.path).expanduser())
         settings["tokenizer.fingerprint"] = fingerprint

@@ -3,20 +3,24 @@
     folder/tokenizer.model (.json)     trained, or a copy of the given one
     folder/origin.json                 settings and input files: from here on a run can continue
     folder/train-00000.bin .idx        shards of tokens; validation-00000 likewise
-    folder/finished_shards/00000.json  record of a finished shard, until all are finished
+    folder/finished_shards/00000.json  record of a finished shard, until all are finished; what was
+                                       found out to select documents lies here too
     folder/unigram-train.npy           how often each token occurs; validation likewise
     folder/documents-train.i64         where each document begins; validation likewise
     folder/prompts-train.i32           how long its prompt is, if there are prompts
+    folder/report.json                 documents in, kept and dropped, and why; bytes per token
     folder/manifest.json               written last
 
 Nothing depends on time or on the number of processes: two runs write the same bytes. A run that
 was killed goes on after the shards that it finished.
 """
 
+import errno
 import fcntl
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,11 +28,18 @@ import numpy as np
 
 from data import origin
 from data.atomic_file import write_aside
-from data.config import DataConfig, MixtureData, Verify, check_data, find_folder
+from data.config import DataConfig, MixtureData, Verify, check_data, count_workers, find_folder
 from data.corpus import read_documents
+from data.document import Document
 from data.documents import write_index
-from data.encode_corpus import encode_corpus
-from data.encode_shard import EncodedShard, clear_records, split_of
+from data.encode_shard import (
+    EMPTY,
+    RECORDS,
+    EncodedShard,
+    ShardEncoder,
+    clear_records,
+    split_of,
+)
 from data.manifest import (
     FILE,
     Manifest,
@@ -43,6 +54,9 @@ from data.manifest import (
 )
 from data.prepare_mixture import prepare_mixture
 from data.progress import Advance, Progress, open_progress
+from data.report import make_report, write_report
+from data.select_corpus import Selection, select_documents
+from data.shard_pool import cut_shards, work_on_shards
 from data.tokenizer import load_tokenizer
 from data.train_tokenizer import sample_passages, train_tokenizer
 from data.unigram import count_tokens
@@ -66,7 +80,7 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Prepared
     Raises:
         ValueError: Settings, input or what lies in the folder is at fault; says which and what
             to do.
-        RuntimeError: A worker process died; running again continues.
+        RuntimeError: A worker process died, or the disk is full; running again continues.
     """
     check_data(config)
     folder = find_folder(config)
@@ -76,13 +90,9 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Prepared
     with _lock(folder):
         if (folder / FILE).is_file():
             return _accept_finished(config, folder)
-        progress = progress or open_progress()
-        total_bytes = _begin_or_continue(config, folder, progress)
-        with progress.stage("tokenize", total_bytes=total_bytes) as advance:
-            shards = encode_corpus(
-                config, folder=folder, tokenizer_path=tokenizer_path(config), advance=advance
-            )
-        manifest = _finish(config, folder, shards)
+        _begin_or_continue(config, folder)
+        with _explain_failure(folder):
+            manifest = _make(config, folder, progress or open_progress())
         return Prepared(folder, manifest, was_ready=False)
 
 
@@ -106,43 +116,73 @@ def _accept_finished(config: DataConfig, folder: Path) -> Prepared:
     return Prepared(folder, manifest, was_ready=True)
 
 
-def _begin_or_continue(config: DataConfig, folder: Path, progress: Progress) -> int | None:
-    """Leaves tokenizer and origin in the folder; returns the corpus' bytes where they are known."""
+def _begin_or_continue(config: DataConfig, folder: Path) -> None:
+    """Leaves the origin in the folder, and nothing that belongs to another one."""
     now = origin.describe_origin(config, verify=Verify.full)
     if (folder / origin.FILE).is_file():
         origin.refuse_change(folder, kept=origin.read_origin(folder), now=now)
         log.info("continuing the unfinished corpus in %s", folder)
-        return None
+        return
     clear_records(folder)
-    total_bytes = None
+    tokenizer_path(config).unlink(missing_ok=True)
+    origin.write_origin(folder, now)
+
+
+def _make(config: DataConfig, folder: Path, progress: Progress) -> Manifest:
+    """The stages in order; each leaves what it has finished in the folder."""
+    (folder / RECORDS).mkdir(exist_ok=True)
+    selection: Selection | None = None
+    total_bytes: int | None = None
+    if config.select.is_asked_for:
+        with progress.stage("select", total_bytes=None) as advance:
+            selection = select_documents(config, folder=folder, advance=advance)
+
+    def read() -> Iterator[Document]:
+        documents = read_documents(config)
+        return documents if selection is None else selection.mark(documents)
+
+    if not tokenizer_path(config).is_file():
+        with progress.stage("tokenizer", total_bytes=None) as advance:
+            total_bytes = _make_tokenizer(config, read, advance)
+    load_tokenizer(tokenizer_path(config))  # refused here if it is of no use
+    with progress.stage("tokenize", total_bytes=total_bytes) as advance:
+        shards = work_on_shards(
+            cut_shards(read(), config.shard_bytes),
+            partial(ShardEncoder, folder, tokenizer_path(config), config.validation_fraction),
+            num_workers=count_workers(config),
+            advance=advance,
+        )
+    if selection is not None:
+        selection.refuse_other_text([shard.text_sha256 for shard in shards])
+    return _finish(config, folder, shards)
+
+
+def _make_tokenizer(
+    config: DataConfig, read: Callable[[], Iterator[Document]], advance: Advance
+) -> int | None:
+    """Copies the tokenizer that was given, or trains one on the training split alone.
+
+    Returns the UTF-8 size of the whole corpus, if all of it was read.
+    """
     if config.tokenizer.path is not None:
         with write_aside(tokenizer_path(config)) as file:
             file.write(Path(config.tokenizer.path).expanduser().read_bytes())
-    else:
-        with progress.stage("train tokenizer", total_bytes=None) as advance:
-            total_bytes = _train_tokenizer(config, tokenizer_path(config), advance)
-    load_tokenizer(tokenizer_path(config))  # refused here if it is of no use
-    origin.write_origin(folder, now)
-    return total_bytes
-
-
-def _train_tokenizer(config: DataConfig, path: Path, advance: Advance) -> int:
-    """Trains on the training split alone; returns the UTF-8 size of the whole corpus."""
+        return None
     total_bytes = 0
 
     def training_texts() -> Iterator[str]:
         nonlocal total_bytes
-        for document in read_documents(config):
+        for document in read():
             total_bytes += document.num_bytes
             advance(document.num_bytes)
             is_train = split_of(document, config.validation_fraction) is Split.train
-            if document.text and is_train:
-                yield ((document.prompt or b"") + document.text).decode()
+            if document.text and document.left_out is None and is_train:
+                yield document.whole.decode()
 
     passages = sample_passages(training_texts(), max_bytes=config.tokenizer.train_bytes)
     if not passages:
         raise ValueError(_explain_empty(config, Split.train, total_bytes))
-    train_tokenizer(passages, config.tokenizer, path)
+    train_tokenizer(passages, config.tokenizer, tokenizer_path(config))
     return total_bytes
 
 
@@ -155,9 +195,7 @@ def _finish(config: DataConfig, folder: Path, shards: list[EncodedShard]) -> Man
     total_bytes = sum(shard.text_bytes for split in splits.values() for shard in split)
     for split, records in splits.items():
         if not records:
-            (folder / origin.FILE).unlink()  # nothing here is worth continuing
             raise ValueError(_explain_empty(config, split, total_bytes))
-    empty_documents = sum(shard.empty_documents for shard in shards)
     manifest = Manifest(
         tokenizer=TokenizerRecord(
             file=record_file(tokenizer_path(config)),
@@ -171,13 +209,12 @@ def _finish(config: DataConfig, folder: Path, shards: list[EncodedShard]) -> Man
         validation=_finish_split(
             folder, Split.validation, splits[Split.validation], tokenizer.size
         ),
-        empty_documents=empty_documents,
+        empty_documents=sum(shard.left_out.get(EMPTY, 0) for shard in shards),
         origin=record_file(folder / origin.FILE),
     )
+    write_report(folder, make_report(manifest, shards))
     write_manifest(folder, manifest)
     clear_records(folder)
-    if empty_documents:
-        log.info("left out %d empty documents", empty_documents)
     return manifest
 
 
@@ -204,12 +241,33 @@ def _finish_split(
 
 
 def _explain_empty(config: DataConfig, split: Split, total_bytes: int) -> str:
+    if config.select.is_asked_for:
+        hint = f"data.select and data.validation_fraction={config.validation_fraction} leave no"
+        return f"{hint} document for {split}; choose others, or more documents"
     if total_bytes == 0:
         return f"the corpus data={config.kind} is empty: no document holds text; choose another"
     return (
         f"data.validation_fraction={config.validation_fraction} leaves no document for "
         f"{split} among {total_bytes} bytes of text; choose another fraction or more documents"
     )
+
+
+@contextmanager
+def _explain_failure(folder: Path) -> Iterator[None]:
+    """After a mistake of the user's the next run begins anew; after trouble with the machine it
+    continues."""
+    try:
+        yield
+    except ValueError:
+        (folder / origin.FILE).unlink(missing_ok=True)
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RuntimeError(
+            f"the disk of data.folder={folder} is full ({error}); finished shards are kept: make "
+            "room and run prepare again, which continues"
+        ) from error
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import logging
 import sys
 
 from data.prepare import prepare
+from data.report import print_report, read_report
 from launch.compose import Job, run_jobs, to_config, worst
 from launch.config import LaunchedRun, check_launched
 from train.outcome import ExitCode
@@ -19,7 +20,9 @@ def prepare_job(job: Job) -> ExitCode:
     """Prepare the corpus of one run's config; the rest of the config is only checked."""
     config = to_config(job.values, LaunchedRun)
     check_launched(config)
-    prepare(config.data)
+    prepared = prepare(config.data)
+    if (report := read_report(prepared.folder)) is not None:
+        print(print_report(report))
     return ExitCode.FINISHED
 
 

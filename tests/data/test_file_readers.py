@@ -7,12 +7,14 @@ import lzma
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pyarrow  # type: ignore[import-untyped]
+import pyarrow.ipc  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 import pytest
 import zstandard
 
-from data.config import FilesData, Format, HubData, StdlibData
+from data.config import Damaged, FilesData, Format, HubData, StdlibData
 from data.corpus import find_sources, read_documents
 from data.document import Document
 from data.file_readers import Example, read_files, read_python_source
@@ -27,8 +29,14 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def read(*paths: Path, format: Format = Format.auto, text_column: str = "text") -> list[Example]:
-    return list(read_files([str(path) for path in paths], format=format, text_column=text_column))
+def read(
+    *paths: Path,
+    format: Format = Format.auto,
+    text_column: str = "text",
+    damaged: Damaged = Damaged.refuse,
+) -> list[Example]:
+    names = [str(path) for path in paths]
+    return list(read_files(names, format=format, text_column=text_column, damaged=damaged))
 
 
 def json_lines(texts: list[str]) -> bytes:
@@ -55,6 +63,53 @@ def test_a_parquet_row_is_one_document(tmp_path: Path) -> None:
     table = pyarrow.table({"id": range(5), "body": [*TEXTS, None]})
     pyarrow.parquet.write_table(table, path, row_group_size=2)
     assert [example["text"] for example in read(path, text_column="body")] == [*TEXTS, None]
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_an_arrow_row_is_one_document(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "corpus.arrow"
+    table = pyarrow.table({"id": range(5), "body": [*TEXTS, None]})
+    new = pyarrow.ipc.new_file if kind == "file" else pyarrow.ipc.new_stream
+    with new(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    assert [example["text"] for example in read(path, text_column="body")] == [*TEXTS, None]
+    with pytest.raises(ValueError, match=r"no data\.text_column=text, its columns are id, body"):
+        read(path)
+    path.write_bytes(path.read_bytes()[:-40])
+    if kind == "file":
+        with pytest.raises(ValueError, match=r"corpus\.arrow is not an Arrow file.*is cut short"):
+            read(path, text_column="body")
+
+
+def test_what_datasets_caches_is_read(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
+    (path,) = (tmp_path / "saved").glob("*.arrow")
+    assert [example["text"] for example in read(path)] == TEXTS
+
+
+def test_damaged_documents_are_left_out_with_the_reason_if_asked(tmp_path: Path) -> None:
+    lines = tmp_path / "corpus.jsonl"
+    lines.write_bytes(
+        b'{"text": "a"}\n{"text": "cut in ha\n{"text": "\xff"}\n[1]\n{"text": 7}\n{"body": "x"}\n'
+        b'{"text": "\\ud800"}\n\0\n{"text": "z"}\n' + b"[" * 100_000
+    )
+    expected = ["not_json", "not_utf8", *["no_text"] * 3, "not_utf8", "not_json"]
+    found = read(lines, damaged=Damaged.leave_out)
+    assert [example.get("left_out") for example in found] == [None, *expected, None, "not_json"]
+    assert [example["text"] for example in found if "left_out" not in example] == ["a", "z"]
+    latin, good = tmp_path / "latin.txt", tmp_path / "good.txt"
+    latin.write_bytes(b"abc\xe4")
+    good.write_bytes(b"good")
+    found = read(latin, good, damaged=Damaged.leave_out)
+    assert found == [{"text": None, "left_out": "not_utf8"}, {"text": "good"}]
+    binary = pyarrow.array([b"ok", b"\xff\xfe", b"z"])
+    bad = pyarrow.Array.from_buffers(pyarrow.string(), 3, binary.buffers())
+    table = tmp_path / "corpus.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": bad}), table)
+    with pytest.raises(ValueError, match=r"corpus\.parquet, row 1 is not UTF-8 at byte 0"):
+        read(table)
+    found = read(table, damaged=Damaged.leave_out)
+    assert [example.get("left_out") for example in found] == [None, "not_utf8", None]
 
 
 def test_the_format_can_be_given_against_the_name(tmp_path: Path) -> None:
@@ -156,7 +211,9 @@ def test_a_glob_without_a_match_is_refused(tmp_path: Path) -> None:
 def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
     (tmp_path / "corpus.jsonl").write_text('{"text": "ok"}\n{"text": "a\\ud800"}\n')
     config = FilesData(folder="unused", paths=[f"{tmp_path}/corpus.jsonl"])
-    with pytest.raises(ValueError, match="document 1 holds half a surrogate pair at character 1"):
+    with pytest.raises(
+        ValueError, match=r"corpus\.jsonl, line 2 holds half a surrogate pair at character 1"
+    ):
         list(read_documents(config))
 
 

@@ -73,7 +73,9 @@ def test_the_manifest_lists_the_files_as_they_are(prepared: Prepared) -> None:
         assert record.sha256 == sha256(content).hexdigest()
         assert record.num_bytes == len(content)
     present = {path.name for path in prepared.folder.iterdir()}
-    assert present == {record.name for record in listed} | {"manifest.json", "prepare.lock"}
+    assert present == {record.name for record in listed} | {
+        *("manifest.json", "report.json", "prepare.lock")
+    }
 
 
 def test_two_runs_write_the_same_bytes_whatever_the_number_of_processes(
@@ -305,7 +307,7 @@ class KillingWorkers:
 def test_a_dead_worker_is_reported_and_its_work_done_by_the_next_run(
     prepared: Prepared, make_config: ConfigMaker, tmp_path: Path
 ) -> None:
-    with pytest.raises(RuntimeError, match="a tokenization process died, perhaps for want of mem"):
+    with pytest.raises(RuntimeError, match="a worker process died, perhaps for want of mem"):
         prepare(make_config(tmp_path), progress=KillingWorkers())
     prepare(make_config(tmp_path))
     assert read_folder(tmp_path) == read_folder(prepared.folder)
