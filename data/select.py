@@ -37,8 +37,8 @@ class SelectConfig:
     ngram: int = 5
     #: Bands of hashes: documents that agree in all hashes of one band resemble each other.
     bands: int = 14
-    #: Hashes of a band. Half of the pairs that share (1/bands)^(1/rows) of their shingles, 0.72 by
-    #: default, are found; of more alike ones, more.
+    #: Hashes of a band. Of pairs that share (1/bands)^(1/rows) of their shingles, 0.72 by default,
+    #: about two thirds are found; of more alike ones, more.
     rows: int = 8
 
     @property
