@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from data.config import StdlibData
 from model.recompute import Recompute
+from train.checkpoint import CheckpointConfig
 from train.config import RunConfig, check_run, model_schema
 from train.memory import activations, largest_state
 from train.moments import Moments
@@ -45,9 +46,11 @@ EIGHT = [
 ]
 
 BY_SIZE = [
-    Example({"zero_stage": 2, "offload_optimizer": Offload.cpu}, 1),
+    Example({"zero_stage": 3, "offload_optimizer": Offload.cpu}, 1),
+    Example({"zero_stage": 3, "offload_optimizer": Offload.nvme}, 1),
     Example({"zero_stage": 3, "offload_optimizer": Offload.cpu}, 2),
     Example({"zero_stage": 3, "expert": 2, "offload_optimizer": Offload.cpu}, 2),
+    Example({"zero_stage": 3, "expert": 4, "offload_optimizer": Offload.cpu}, 4),
     Example({"zero_stage": 2, "expert": 4, "offload_optimizer": Offload.cpu}, 4),
     Example({"zero_stage": 2, "expert": 4}, 4),
     Example({"zero_stage": 2, "expert": 8}, 8),
@@ -71,7 +74,8 @@ def example_config(example: Example) -> RunConfig:
         optimizer=optimizer,
         schedule=ConstantSchedule(steps=1, batch_size=BATCH_SIZE, peak_lr=1e-4),
         precision=PrecisionConfig(dtype=Dtype.bf16),
-        parallel=ParallelConfig(micro_batch_size=1, **settings),
+        parallel=ParallelConfig(micro_batch_size=1, nvme_path="disk", **settings),
+        checkpoint=CheckpointConfig(asynchronous=False),
     )
 
 
@@ -84,8 +88,8 @@ def draw_costs(examples: list[Example]) -> str:
     """The table: GiB kept by the fullest rank, and sent by it in a step."""
     lines = [
         "| GPUs | layout | weights | gradients | masters, moments | together | in host memory "
-        "| activations | sent: gradients, weights | sent: tokens |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| on disk | activations | sent: gradients, weights | sent: tokens |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for example in examples:
         config, num_ranks = example_config(example), example.num_ranks
@@ -93,7 +97,8 @@ def draw_costs(examples: list[Example]) -> str:
         state = largest_state(config, num_ranks=num_ranks)
         sent = largest_traffic(config, num_ranks=num_ranks)
         numbers = [
-            *(state.weights, state.gradients, state.optimizer, state.device, state.host),
+            *(state.weights, state.gradients, state.optimizer, state.device),
+            *(state.host, state.disk),
             activations(config),
             sent.gradients + sent.weights,
             sent.experts + sent.sequences + sent.stages,

@@ -52,6 +52,8 @@ FEATURES = (
     Feature("activations on the CPU", {"parallel.offload_activations": True}),
     Feature("optimizer on the CPU", {"parallel.offload_optimizer": Offload.cpu}),
     Feature("weights on the CPU", {"parallel.offload_parameters": Offload.cpu}),
+    Feature("optimizer on a disk", {"parallel.offload_optimizer": Offload.nvme}),
+    Feature("weights on a disk", {"parallel.offload_parameters": Offload.nvme}),
     Feature("BF16", {"precision.dtype": Dtype.bf16}),
     Feature("Muon", {"optimizer.kind": "muon"}),
 )
@@ -60,7 +62,7 @@ FEATURES = (
 def probe_layout() -> Layout:
     """A layout of eight ranks that is large enough for every feature at once."""
     return Layout(
-        parallel=ParallelConfig(micro_batch_size=1),
+        parallel=ParallelConfig(micro_batch_size=1, nvme_path="disk"),
         model=MLAModelConfig(
             vocab_size=512,
             dim=64,

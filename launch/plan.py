@@ -101,6 +101,8 @@ def describe_layout(config: LaunchedRun) -> str:
     lines += [f"  {name:22} {size / GIB:>10,.3f} GiB" for name, size in sizes.items()]
     if state.host:
         lines.append(f"  {'in host memory':22} {state.host / GIB:>10,.3f} GiB")
+    if state.disk:
+        lines.append(f"  {'on the disk':22} {state.disk / GIB:>10,.3f} GiB")
     lines.append(
         f"  {'sent in a step':22} {sent.total / GIB:>10,.3f} GiB, of it with tokens "
         f"{of_tokens / GIB:,.3f}"

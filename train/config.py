@@ -20,7 +20,7 @@ from train.evaluation import EvaluationConfig, check_evaluation
 from train.journal import LoggingConfig, check_logging
 from train.layout_rules import Layout, check_layout
 from train.optimizer import OPTIMIZER_KINDS, OptimizerConfig, check_optimizer
-from train.parallel import ParallelConfig, check_parallel
+from train.parallel import Offload, ParallelConfig, check_parallel
 from train.precision import PrecisionConfig
 from train.schedule import SCHEDULE_KINDS, ScheduleConfig, check_schedule
 from train.watchdog import WatchdogConfig, check_watchdog
@@ -77,6 +77,11 @@ def check_run(config: RunConfig, *, num_ranks: int) -> None:
         raise ValueError(
             f"model.mtp.depth={config.model.mtp.depth} needs sequences longer than that, but "
             f"data.seq_len={config.data.seq_len}; choose a longer one or a smaller depth"
+        )
+    if config.checkpoint.asynchronous and config.parallel.offload_optimizer is Offload.nvme:
+        raise ValueError(
+            "checkpoint.asynchronous=true would copy into host memory what "
+            "parallel.offload_optimizer=nvme keeps out of it; choose checkpoint.asynchronous=false"
         )
     if config.init_from == "":
         raise ValueError(

@@ -34,8 +34,11 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         ("offload_optimizer", parallel.offload_optimizer),
         ("offload_param", parallel.offload_parameters),
     ):
-        if device is not Offload.none:
-            values["zero_optimization"][name] = {"device": device.value, "pin_memory": pin}
+        if device is not Offload.none:  # to DeepSpeed a disk is host memory: train/nvme.py
+            values["zero_optimization"][name] = {
+                "device": "cpu",
+                "pin_memory": pin and device is Offload.cpu,
+            }
     # DeepSpeed would want its own CPUAdam, which is compiled at the first start. Ours runs torch's
     # fused kernel on the CPU too.
     values["zero_force_ds_cpu_optimizer"] = False

@@ -10,7 +10,8 @@ import datetime
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -22,6 +23,7 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from deepspeed.runtime.constants import BFLOAT16
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.sequence.layer import DistributedAttention
 from deepspeed.utils import groups
@@ -39,9 +41,11 @@ from train.adamw import AdamW
 from train.config import RunConfig
 from train.deepspeed_config import deepspeed_config
 from train.manifest import Fragment
+from train.memory import largest_state
 from train.muon import Muon
+from train.nvme import Disk, zero_3_on
 from train.optimizer import build_optimizer, kept_states, parameter_groups
-from train.parallel import ParallelConfig
+from train.parallel import Offload, ParallelConfig
 from train.pipeline import Pipeline
 from train.placement import Seat, find_nodes
 from train.precision import Dtype
@@ -121,12 +125,15 @@ class Engine:
         self._first_experts = first_experts(model)
         self._num_experts = config.model.moe.num_experts if config.model.moe else 0
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self._disk = self._open_disk(config)
         self._optimizer, self._sharding = self._shard(config)
         self._pipeline: Pipeline | None = None
         if ranks.pipeline_group is not None:
             self._pipeline = self._lay_pipeline(stages, config)
         for master in self._sharding.masters():  # before the first step, so that it can be loaded
-            self._optimizer.start(master)
+            states = self._optimizer.start(master)
+            if self._disk is not None and parallel.offload_optimizer is Offload.nvme:
+                self._disk.take_states(states)
         if config.precision.dtype is not Dtype.fp32 and parallel.zero_stage > 0:
             self._restore_masters(config)
 
@@ -297,7 +304,12 @@ class Engine:
             param_groups = [group for group in param_groups if group["params"]]
         optimizer = build_optimizer(param_groups, config.optimizer)
         is_pipeline = self.ranks.stage_group is not None
-        with _zero_whatever_the_precision() if is_pipeline else nullcontext():
+        with ExitStack() as changes:
+            if is_pipeline:
+                changes.enter_context(_zero_whatever_the_precision())
+            if self._disk is not None:
+                zero_3 = DeepSpeedZeroOptimizer_Stage3
+                changes.enter_context(zero_3_on(self._disk, zero_3, parallel))
             engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
@@ -305,6 +317,19 @@ class Engine:
                 mpu=StageGroups(self.ranks) if is_pipeline else None,
             )
         return optimizer, Sharded(engine, optimizer, ranks=self.ranks)
+
+    def _open_disk(self, config: RunConfig) -> Disk | None:
+        """The disk on which state waits, if some does."""
+        parallel = config.parallel
+        if Offload.nvme not in (parallel.offload_optimizer, parallel.offload_parameters):
+            return None
+        assert parallel.nvme_path is not None, "layout_rules.py asks for it"
+        nodes = find_nodes(self.ranks.gather(int(os.environ["LOCAL_RANK"])))
+        return Disk(
+            Path(parallel.nvme_path),
+            needed=largest_state(config, num_ranks=len(nodes)).disk,
+            num_ranks=nodes.count(nodes[self.ranks.rank]),
+        )
 
     def _lay_pipeline(self, stages: Stages, config: RunConfig) -> Pipeline:
         assert self.ranks.pipeline_group is not None

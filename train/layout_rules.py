@@ -111,6 +111,17 @@ def _whole_micro_batches(size: str) -> Rule:
     )
 
 
+def _needs_path(offload: str) -> Rule:
+    return Rule(
+        settings=(offload, "parallel.nvme_path"),
+        is_broken=lambda layout: (
+            layout.value(offload) is Offload.nvme and not layout.parallel.nvme_path
+        ),
+        why="the disk must be named",
+        way_out=lambda _: f"a folder on a fast disk of each node, or {offload}=cpu",
+    )
+
+
 def _key_heads(layout: Layout) -> str:
     """The setting that says how many heads keys and values have: no more ranks can share them."""
     grouped = "model.attention.num_kv_heads"
@@ -211,6 +222,16 @@ RULES: tuple[Rule, ...] = (
         ),
         why="below ZeRO 3 the accelerator holds all weights at all times",
     ),
+    Rule(
+        settings=("parallel.zero_stage", "parallel.offload_optimizer"),
+        is_broken=lambda layout: (
+            layout.parallel.offload_optimizer is Offload.nvme and layout.parallel.zero_stage < 3
+        ),
+        why="ZeRO 3's masters go to the disk one by one; views that DeepSpeed keeps of those of "
+        "ZeRO 1 and 2 would hold them in host memory",
+    ),
+    _needs_path("parallel.offload_optimizer"),
+    _needs_path("parallel.offload_parameters"),
     Rule(
         settings=("parallel.zero_stage", "optimizer.kind"),
         is_broken=lambda layout: (

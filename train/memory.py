@@ -29,12 +29,13 @@ MOMENT_BYTES = {Moments.fp32: 4.0, Moments.bf16: 2.0, Moments.int8: 1 + 4 / BLOC
 
 
 class State(NamedTuple):
-    """Bytes on one rank. What is offloaded to the host is counted in `host` only."""
+    """Bytes on one rank. What is offloaded is counted in `host` or `disk` only."""
 
     weights: float
     gradients: float
     optimizer: float  # masters and moments
     host: float = 0.0
+    disk: float = 0.0
 
     @property
     def device(self) -> float:
@@ -96,9 +97,14 @@ def shares_of(config: RunConfig, pipeline_rank: int, *, num_ranks: int) -> Itera
 
 
 def _add_up(config: RunConfig, shares: Iterator[Share]) -> State:
-    total = State(0.0, 0.0, 0.0)
+    total, largest = State(0.0, 0.0, 0.0), 0
     for share in shares:
         total = total.plus(_state_of(share, config))
+        largest = max(largest, share.elements)
+    parallel = config.parallel
+    if parallel.zero_stage < 3 and parallel.offload_optimizer is not Offload.none:
+        buffer = largest * config.precision.dtype.torch.itemsize  # through which gradients leave
+        total = total.plus(State(0.0, buffer, 0.0, host=buffer))
     return total
 
 
@@ -109,24 +115,49 @@ def _state_of(share: Share, config: RunConfig) -> State:
     is_fp32 = config.precision.dtype is Dtype.fp32
     whole, part = share.elements, share.elements / share.sharers
     kept = FP32 + share.moments * MOMENT_BYTES[config.optimizer.moments]
-    match parallel.zero_stage:
-        case 0:  # ours: in fp32 the weights are their own masters
-            kept -= FP32 * is_fp32
-            return State(whole * size, whole * FP32, whole * kept)
-        case 1 if is_fp32:
-            state = State(whole * size, part * FP32, part * kept)
-        case 1:  # fp32 accumulators of all gradients stay; outside of a pipeline those in BF16 too
-            in_bf16 = size if parallel.pipeline == 1 else 0
-            state = State(whole * size, whole * (FP32 + in_bf16), part * kept)
-        case 2:
-            state = State(whole * size, part * FP32, part * kept)
-        case _:
-            gathered = whole if whole <= PERSISTENT and share.sharers > 1 else 0
-            state = State((part + gathered) * size, part * FP32, part * kept)
+    if parallel.zero_stage == 0:  # ours: in fp32 the weights are their own masters
+        kept -= FP32 * is_fp32
+        return State(whole * size, whole * FP32, whole * kept)
+    weights, gradients = float(whole * size), part * FP32
+    if parallel.zero_stage == 1 and not is_fp32:
+        # fp32 accumulators of all gradients stay; outside of a pipeline those in BF16 too
+        gradients = whole * (FP32 + (size if parallel.pipeline == 1 else 0))
+    if parallel.zero_stage == 3:
+        weights = part * size
+    state = State(weights, gradients, part * kept)
     if parallel.offload_optimizer is not Offload.none:
-        state = state._replace(optimizer=0.0, host=state.optimizer)
-        if parallel.zero_stage > 1:  # gradients go where they are used
-            state = state._replace(gradients=0.0, host=state.host + state.gradients)
+        state = _move_optimizer(state, whole, part, config)
     if parallel.offload_parameters is not Offload.none:
-        state = state._replace(weights=0.0, host=state.host + state.weights)
+        state = _moved(state, parallel.offload_parameters, weights=weights)
+    if parallel.zero_stage == 3 and whole <= PERSISTENT and share.sharers > 1:
+        state = state._replace(weights=state.weights + whole * size)
     return state
+
+
+def _move_optimizer(state: State, whole: int, part: float, config: RunConfig) -> State:
+    """Masters, moments and a copy of a step's gradients; accumulators stay where they are."""
+    parallel, size = config.parallel, config.precision.dtype.torch.itemsize
+    state = _moved(state, parallel.offload_optimizer, optimizer=state.optimizer, copy=part * FP32)
+    updated = part * size  # a buffer for new weights on their way to the device
+    if parallel.zero_stage == 3:
+        return state._replace(gradients=0.0, host=state.host + part * FP32)
+    if config.precision.dtype is Dtype.fp32:
+        return state._replace(gradients=0.0, host=state.host + part * FP32 + updated)
+    accumulated = part if parallel.zero_stage == 2 else float(whole)
+    return state._replace(gradients=accumulated * FP32, host=state.host + updated)
+
+
+def _moved(
+    state: State,
+    where: Offload,
+    *,
+    weights: float = 0.0,
+    optimizer: float = 0.0,
+    copy: float = 0.0,
+) -> State:
+    """These bytes, and those of a copy of something, are on the host or the disk instead."""
+    state = state._replace(weights=state.weights - weights, optimizer=state.optimizer - optimizer)
+    moved = weights + optimizer + copy
+    if where is Offload.nvme:
+        return state._replace(disk=state.disk + moved)
+    return state._replace(host=state.host + moved)

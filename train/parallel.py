@@ -13,6 +13,7 @@ class Offload(StrEnum):
 
     none = "none"
     cpu = "cpu"
+    nvme = "nvme"
 
 
 class PipelineSchedule(StrEnum):
@@ -56,10 +57,12 @@ class ParallelConfig:
     #: Whether what blocks keep for the backward pass waits in host memory.
     offload_activations: bool = False
     #: Where masters and moments stand, and are updated by the CPU: none leaves them on the
-    #: accelerator.
+    #: accelerator, cpu is host memory, nvme a disk.
     offload_optimizer: Offload = Offload.none
     #: Where ZeRO 3 keeps its part of the weights between their uses.
     offload_parameters: Offload = Offload.none
+    #: Folder on a fast disk of each node, for what is offloaded to nvme. Nothing stays in it.
+    nvme_path: str | None = None
     #: Gradient elements per reduction; larger is faster and takes more memory.
     reduce_bucket_size: int = 50_000_000
     #: Whether gradients are reduced beside the backward pass (GPUs only).

@@ -1,6 +1,7 @@
 """Every optimizer trains, saves and resumes bit for bit under ZeRO with experts spread."""
 
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ from torch import Tensor
 
 from tests.ranks import run_ranks
 from tests.train.tiny import random_batches, tiny_run
-from train.checkpoint import Checkpoints, load
+from train.checkpoint import CheckpointConfig, Checkpoints, load
 from train.config import RunConfig, check_run
 from train.coverage import check_coverage
 from train.engine import Engine, join
 from train.loop import train
 from train.moments import Moments
 from train.optimizer import MuonConfig, OptimizerConfig
-from train.parallel import ParallelConfig
+from train.parallel import Offload, ParallelConfig
 from train.precision import Dtype
 from train.ranks import Ranks
 from train.run import Run
@@ -45,7 +46,9 @@ COARSEST = {Moments.fp32: 0.0, Moments.bf16: 2**-8, Moments.int8: 0.0071}
 def train_steps(engine: Engine, ranks: Ranks, config: RunConfig, steps: range) -> list[float]:
     losses = []
     for step in steps:
-        batches = random_batches(step, rank=ranks.rank, num_ranks=ranks.count, micro_batch_size=2)
+        batches = random_batches(
+            step, rank=ranks.replica, num_ranks=ranks.num_replicas, micro_batch_size=2
+        )
         over = count_denominators(batches, config.model, ranks)
         report = update(engine, batches, over, config=config.model, lr=1e-3)
         assert report.is_applied
@@ -78,25 +81,41 @@ def state_of(engine: Engine) -> dict[str, Tensor]:
 
 def config_of(folder: Path, choice: OptimizerConfig, *, ranks: int = 2, **layout: Any) -> RunConfig:
     parallel = ParallelConfig(micro_batch_size=2, **layout)
-    config = tiny_run(folder, optimizer=choice, parallel=parallel)
+    keeping = CheckpointConfig(asynchronous=False)
+    config = tiny_run(folder, optimizer=choice, parallel=parallel, checkpoint=keeping)
     check_run(config, num_ranks=ranks)
     return config
 
 
-@pytest.mark.parametrize(
-    ("zero_stage", "dtype"),
-    [
-        (2, Dtype.fp32),
-        pytest.param(1, Dtype.fp32, marks=pytest.mark.slow),
-        pytest.param(1, Dtype.bf16, marks=pytest.mark.slow),
-        pytest.param(0, Dtype.bf16, marks=pytest.mark.slow),
-    ],
-)
+HOST = {"offload_optimizer": Offload.cpu}
+DISK = {"offload_optimizer": Offload.nvme, "nvme_path": tempfile.gettempdir()}
+LAYOUTS: list[Any] = [
+    pytest.param({"expert": 2, "zero_stage": 2}, Dtype.fp32, id="ZeRO 2"),
+    *(
+        pytest.param(layout, dtype, marks=pytest.mark.slow, id=f"{name}, {dtype}")
+        for name, layout, dtype in (
+            ("ZeRO 1", {"expert": 2, "zero_stage": 1}, Dtype.fp32),
+            ("ZeRO 1", {"expert": 2, "zero_stage": 1}, Dtype.bf16),
+            ("ZeRO 0", {"expert": 2, "zero_stage": 0}, Dtype.bf16),
+            ("ZeRO 3", {"expert": 2, "zero_stage": 3}, Dtype.bf16),
+            ("host", {"expert": 2, "zero_stage": 1, **HOST}, Dtype.bf16),
+            ("disk", {"expert": 2, "zero_stage": 3, **DISK}, Dtype.bf16),
+            ("pipeline", {"zero_stage": 1, "pipeline": 2}, Dtype.bf16),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS)
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_resumed_run_equals_one_that_never_stopped(
-    tmp_path: Path, choice: str, zero_stage: int, dtype: Dtype
+    tmp_path: Path, choice: str, layout: dict[str, Any], dtype: Dtype
 ) -> None:
-    config = config_of(tmp_path, CHOICES[choice], expert=2, zero_stage=zero_stage)
+    if choice == "muon" and (layout["zero_stage"] == 3 or "offload_optimizer" in layout):
+        with pytest.raises(ValueError, match=r"optimizer.kind=muon don't go together"):
+            config_of(tmp_path, CHOICES[choice], **layout)
+        return
+    config = config_of(tmp_path, CHOICES[choice], **layout)
     config.precision.dtype = dtype
 
     def be_rank() -> None:

@@ -1,5 +1,6 @@
 """State written under any layout is the same state under any other, bit for bit."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from tests.ranks import run_ranks
 from tests.train.tiny import random_batches, tiny_run
 from tests.train.trained import gather_state
-from train.checkpoint import Checkpoints, load
+from train.checkpoint import CheckpointConfig, Checkpoints, load
 from train.config import RunConfig, check_run
 from train.engine import Engine, join
 from train.manifest import read_manifest
@@ -60,7 +61,12 @@ def read(config: RunConfig, folder: Path) -> dict[str, Any]:
 
 def make_config(folder: Path, num_ranks: int, dtype: Dtype, layout: dict[str, Any]) -> RunConfig:
     parallel = ParallelConfig(micro_batch_size=8 // num_ranks, **layout)
-    config = tiny_run(folder, parallel=parallel, precision=PrecisionConfig(dtype=dtype))
+    config = tiny_run(
+        folder,
+        parallel=parallel,
+        precision=PrecisionConfig(dtype=dtype),
+        checkpoint=CheckpointConfig(asynchronous=False),
+    )
     check_run(config, num_ranks=num_ranks)
     return config
 
@@ -71,9 +77,11 @@ WAYS = [
     ((2, {"zero_stage": 0, "expert": 1}), (1, {"zero_stage": 2})),
 ]
 HOST = {"offload_optimizer": Offload.cpu}
+DISK = {"offload_optimizer": Offload.nvme, "nvme_path": tempfile.gettempdir()}
 ALL: list[Any] = [
     (2, {"zero_stage": 1, "expert": 2, **HOST}),
     (2, {"zero_stage": 3, "expert": 2, **HOST, "offload_parameters": Offload.cpu}),
+    (2, {"zero_stage": 3, "expert": 2, **DISK, "offload_parameters": Offload.nvme}),
 ] + [
     (num_ranks, {"zero_stage": stage, "expert": expert})
     for num_ranks, expert in ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4))

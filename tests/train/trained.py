@@ -10,6 +10,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from tests.ranks import run_ranks
 from tests.train.tiny import random_batches, tiny_model, tiny_run
+from train.checkpoint import CheckpointConfig
 from train.config import RunConfig, check_run
 from train.engine import Engine, join
 from train.journal import read_records
@@ -85,6 +86,7 @@ def train_layout(
         optimizer=optimizer or OptimizerConfig(),
         parallel=parallel,
         precision=PrecisionConfig(dtype=dtype, fp8=fp8),
+        checkpoint=CheckpointConfig(asynchronous=False),
     )
     check_run(config, num_ranks=num_ranks)
     return run_ranks(num_ranks, lambda: train_steps(config))[0]
