@@ -17,16 +17,21 @@ def prepare() -> torch.device:
 
 
 def median_seconds(
-    candidates: Mapping[str, Callable[[], object]], *, rounds: int, warm_ups: int = 2
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warm_ups: int = 2,
+    clock: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, float]:
-    """Median time of one call of each; every round calls each once."""
+    """Median time of one call of each by a clock (None: `seconds`); every round calls each once."""
+    clock = clock or seconds
     for candidate in candidates.values():
         for _ in range(warm_ups):
-            seconds(candidate)
+            clock(candidate)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, candidate in candidates.items():
-            times[name].append(seconds(candidate))
+            times[name].append(clock(candidate))
     return {name: statistics.median(measured) for name, measured in times.items()}
 
 
@@ -37,3 +42,10 @@ def seconds(candidate: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def cpu_seconds(candidate: Callable[[], object]) -> float:
+    """CPU time of one call, over all threads: what others do on the machine hardly enters."""
+    start = time.process_time()
+    candidate()
+    return time.process_time() - start

@@ -8,11 +8,10 @@ lengths of the runs that may see each other.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from model.recompute import rebuild
+from model.segments import attend_segments, causal
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,30 +44,14 @@ def attend(
     """Each token's mixture of the values at and before it in its own segment.
 
     `segments` sum to B*S and none crosses a row's end. No mask is ever materialised: whole
-    rows run as one batch, and borders inside rows cut the work into one product per segment.
+    rows run as one batch, and borders inside rows cut the work (`model/segments.py`).
     """
     batch_size, seq_len = query.shape[:2]
     if segments == [seq_len] * batch_size:
-        return _causal(query, key, value, scale=scale)
-    rows = [tensor.flatten(0, 1).split(segments) for tensor in (query, key, value)]
-    mixed = [
-        _causal(q[None], k[None], v[None], scale=scale)[0] for q, k, v in zip(*rows, strict=True)
-    ]
-    return torch.cat(mixed).unflatten(0, (batch_size, seq_len))
-
-
-def _causal(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
-    """Causal attention of whole rows, shapes as in `attend`."""
-    value_dim = value.shape[-1]
-    if value.device.type == "cpu":
-        # The CPU's flash kernel wants equal widths; without them torch takes the dense path.
-        value = rebuild(F.pad, value, (0, query.shape[-1] - value_dim))
-    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    is_grouped = query.shape[1] != key.shape[1]
-    mixed = F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, enable_gqa=is_grouped
-    )
-    return mixed.transpose(1, 2)[..., :value_dim]
+        return causal(query, key, value, scale=scale)
+    flat = (tensor.flatten(0, 1) for tensor in (query, key, value))
+    mixed = attend_segments(*flat, scale=scale, segments=segments)
+    return mixed.unflatten(0, (batch_size, seq_len))
 
 
 def hide_future(

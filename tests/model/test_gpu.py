@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from model import offload
+from model.attention import attend
 from model.cache import Cache
 from model.grouped import grouped_swiglu
 from model.init import initialise
@@ -15,6 +16,7 @@ from model.memory import routed_peak
 from model.moe import MoE, MoEConfig
 from model.recompute import Recompute
 from model.router import RouterConfig
+from model.segments import has_varlen_kernel
 from tests.model.small import packed_batch, small_config, small_model
 
 pytestmark = pytest.mark.gpu
@@ -49,6 +51,36 @@ def test_losses_and_gradients_equal_the_cpus() -> None:
             grad = there.get_parameter(name).grad
             assert grad is not None, name
             assert_near(grad, parameter.grad, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shapes", [((4, 24), (4, 24), (4, 16)), ((4, 16), (2, 16), (2, 16))])
+def test_attention_inside_documents_equals_the_cpus_and_has_no_mask(
+    shapes: tuple[tuple[int, int], ...], dtype: torch.dtype
+) -> None:
+    segments = [700, 24, 300, 1, 999, 24]
+    here = [torch.randn(2, 1024, *shape).to(dtype).requires_grad_() for shape in shapes]
+    there = [tensor.detach().cuda().requires_grad_() for tensor in here]
+    expected = attend(*(tensor.float() for tensor in here), scale=0.2, segments=segments)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    got = attend(*there, scale=0.2, segments=segments)
+    upstream = torch.randn_like(expected)
+    expected.backward(upstream)
+    got.backward(upstream.cuda().to(dtype))
+    assert torch.cuda.max_memory_allocated() - before < 1024 * 1024 * 4 * 4  # one mask of 4 heads
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    assert_near(got, expected, tolerance)
+    for ours, theirs in zip(here, there, strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert_near(theirs.grad, ours.grad.float(), tolerance)
+
+
+def test_one_kernel_takes_documents_of_any_length_in_16_bits_from_ampere_on() -> None:
+    if torch.cuda.get_device_capability() >= (8, 0):
+        assert has_varlen_kernel(torch.empty(1, 1, 192, dtype=torch.bfloat16, device="cuda"))
+    assert not has_varlen_kernel(torch.empty(1, 1, 192, device="cuda"))
 
 
 def kept_and_gradients(dtype: torch.dtype, **settings: Any) -> tuple[int, list[torch.Tensor]]:

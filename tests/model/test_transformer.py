@@ -2,9 +2,12 @@
 
 from itertools import chain
 
+import pytest
 import torch
 from torch import Tensor
 
+from model.config import GQAModelConfig, ModelConfig
+from model.gqa import GQAConfig
 from model.transformer import Sums
 from tests.model.small import packed_batch, small_config, small_model
 
@@ -13,21 +16,39 @@ def _total(sums: Sums) -> Tensor:
     return sums.loss + 0.3 * sums.mtp_loss.sum() + 0.01 * sums.balance_loss
 
 
-def test_packed_documents_equal_each_document_alone() -> None:
-    model = small_model(small_config(mtp_depth=1))
+def grouped_queries() -> ModelConfig:
+    config = small_config(mtp_depth=2)
+    return GQAModelConfig(
+        vocab_size=config.vocab_size,
+        dim=config.dim,
+        num_layers=config.num_layers,
+        ffn_dim=config.ffn_dim,
+        attention=GQAConfig(num_heads=4, num_kv_heads=2, head_dim=6),
+        moe=config.moe,
+        mtp=config.mtp,
+    )
+
+
+@pytest.mark.parametrize(
+    "config", [small_config(mtp_depth=2), grouped_queries()], ids=["mla", "gqa"]
+)
+def test_packed_documents_equal_each_document_alone(config: ModelConfig) -> None:
+    model = small_model(config)
     rows = [[4, 5], [2, 1, 6]]
     packed, segments = packed_batch(rows), list(chain(*rows))
     sums = model(*packed, segments=segments)
-    wanted_loss, wanted_mtp = torch.zeros(()), torch.zeros(1)
+    wanted_loss, wanted_mtp = torch.zeros(()), torch.zeros(2)
     for alone in zip(*(tensor.flatten().split(segments) for tensor in packed), strict=True):
         document = model(*(tensor[None] for tensor in alone), segments=[len(alone[0])])
         wanted_loss, wanted_mtp = wanted_loss + document.loss, wanted_mtp + document.mtp_loss
-    torch.testing.assert_close(sums.loss, wanted_loss)
-    torch.testing.assert_close(sums.mtp_loss, wanted_mtp)
+    torch.testing.assert_close(sums.loss, wanted_loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(sums.mtp_loss, wanted_mtp, rtol=1e-5, atol=0)
     parameters = list(model.parameters())
     grads = torch.autograd.grad(_total(sums._replace(balance_loss=0.0)), parameters)
     wanted = torch.autograd.grad(wanted_loss + 0.3 * wanted_mtp.sum(), parameters)
     torch.testing.assert_close(grads, wanted, rtol=1e-4, atol=1e-5)
+    for grad, expected in zip(grads, wanted, strict=True):
+        assert (grad - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_splitting_a_batch_adds_up_to_the_whole() -> None:

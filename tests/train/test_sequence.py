@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from model.attention import attend
 from model.config import GQAModelConfig, ModelConfig, MTPConfig
 from model.gqa import GQAConfig
 from model.recompute import Recompute
+from tests.ranks import ranks
 from tests.train.tiny import (
     moe_with_all_losses,
     random_batches,
@@ -24,6 +27,7 @@ from tests.train.trained import (
     train_layout,
 )
 from train.config import check_run
+from train.engine import UlyssesSequences
 from train.parallel import ParallelConfig
 from train.sequences import cut
 
@@ -63,6 +67,41 @@ def test_parts_of_sequences_train_the_same_model_as_whole_ones(
 ) -> None:
     got = train_layout(tmp_path, num_ranks, model=four_heads(), **layout)
     assert_same_training(got, reference)
+
+
+@ranks(2)
+def check_documents_alone(widths: tuple[int, int], key_heads: int) -> None:
+    """Documents of 7, 2, 12 and 3 tokens; the border of two parts lies in the third."""
+    segments, seq_len = [7, 2, 12, 3], 24
+    generator = torch.Generator().manual_seed(0)
+    wholes = [
+        torch.randn(1, seq_len, *shape, generator=generator, requires_grad=True)
+        for shape in ((4, widths[0]), (key_heads, widths[0]), (key_heads, widths[1]))
+    ]
+    alone = [
+        attend(*document, scale=0.3, segments=[document[0].shape[1]])
+        for document in zip(*(whole.split(segments, dim=1) for whole in wholes), strict=True)
+    ]
+    wanted = torch.cat(alone, dim=1)
+    upstream = torch.randn(wanted.shape, generator=generator)
+    wanted_grads = torch.autograd.grad(wanted, wholes, upstream)
+
+    rank, half = dist.get_rank(), seq_len // 2
+    mine = slice(rank * half, (rank + 1) * half)
+    parts = [whole[:, mine].detach().clone().requires_grad_() for whole in wholes]
+    mixed = UlyssesSequences(dist.group.WORLD).attend(*parts, scale=0.3, segments=segments)
+    grads = torch.autograd.grad(mixed, parts, upstream[:, mine])
+    for got, expected in zip((mixed, *grads), (wanted, *wanted_grads), strict=True):
+        assert (got - expected[:, mine]).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("widths", "key_heads"), [((12, 8), 4), ((8, 8), 2)], ids=["latent", "grouped"]
+)
+def test_documents_across_parts_equal_each_document_alone(
+    widths: tuple[int, int], key_heads: int
+) -> None:
+    check_documents_alone(widths, key_heads)
 
 
 def grouped_heads() -> ModelConfig:
