@@ -21,7 +21,7 @@ from train.journal import LoggingConfig, check_logging
 from train.layout_rules import Layout, check_layout
 from train.optimizer import OPTIMIZER_KINDS, OptimizerConfig, check_optimizer
 from train.parallel import Offload, ParallelConfig, check_parallel
-from train.precision import PrecisionConfig
+from train.precision import PrecisionConfig, check_precision
 from train.schedule import SCHEDULE_KINDS, ScheduleConfig, check_schedule
 from train.watchdog import WatchdogConfig, check_watchdog
 
@@ -64,6 +64,7 @@ def check_run(config: RunConfig, *, num_ranks: int) -> None:
     check_data(config.data)
     check_optimizer(config.optimizer)
     check_schedule(config.schedule)
+    check_precision(config.precision)
     check_checkpoint(config.checkpoint)
     check_ema(config.ema)
     check_evaluation(config.evaluation)

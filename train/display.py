@@ -85,6 +85,8 @@ FORMATS = {  # what is shown of a record, in this order
     "dead_experts": "{} dead",
     "samples": "sample {:,}",
     "skipped": "skipped {}",
+    "layer": "{}",
+    "drift": "off by {:.3f} in FP8",
     "path": "{}",
     "seconds": "{:.1f} s",
 }

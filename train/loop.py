@@ -43,6 +43,7 @@ def train(config: RunConfig, ranks: Ranks) -> Outcome:
 
             lr = learning_rate(schedule, progress.step)
             model = model_at(config.model, schedule, progress.step)
+            run.drift.watch(progress)
             report = update(run.engine, micro_batches, over, config=model, lr=lr)
             progress.advance(position, over.targets, is_applied=report.is_applied)
             run.meters.count(size)
@@ -52,6 +53,7 @@ def train(config: RunConfig, ranks: Ranks) -> Outcome:
 
             if run.is_due(config.logging.every) or not report.is_applied:
                 journal.write(run.meters.read(report, progress, lr=lr))
+            run.check_drift(journal)
             refuse_divergence(progress, limit=config.optimizer.max_skipped_steps)
             if run.is_due(config.evaluation.every):
                 run.evaluate(journal)

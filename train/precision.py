@@ -1,9 +1,11 @@
 """Numbers that the model computes in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import torch
+
+from train.drift import DriftConfig, check_drift
 
 
 class Dtype(StrEnum):
@@ -24,3 +26,9 @@ class PrecisionConfig:
     #: Whether the blocks' products with weights are of FP8 numbers summed in fp32, as DeepSeek-V3's
     #: (docs/precision.md), and rows travel to their experts in FP8.
     fp8: bool = False
+    drift: DriftConfig = field(default_factory=DriftConfig)
+
+
+def check_precision(config: PrecisionConfig) -> None:
+    """Refuse, with a ValueError, what can't be computed in."""
+    check_drift(config.drift)

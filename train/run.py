@@ -21,6 +21,7 @@ from train.agreement import check_agreement
 from train.checkpoint import Checkpoints, OnError, SaveError
 from train.code_version import code_version
 from train.config import RunConfig, describe_config
+from train.drift import DriftMonitor
 from train.ema import EMA
 from train.engine import Engine
 from train.evaluation import evaluate
@@ -85,6 +86,7 @@ class Run:
         self._beginning = resumption.begin(self.checkpoints, self.ema)
         self.progress = self._beginning.progress
         self.progress.data = self.training.enter(self.progress.data)
+        self.drift = DriftMonitor(config.precision.drift, self.engine.model, self.progress, ranks)
         self.meters = Meters(config, ranks)
         self.meters.restore(self._beginning.meters)
         self.saver = self._open_saver()
@@ -162,6 +164,20 @@ class Run:
         if self.saver.step is not None and self.ranks.any(self.saver.has_ended()):
             stops = self.config.checkpoint.on_error is OnError.stop
             self._finish_save(journal, must_succeed=stops)
+
+    def check_drift(self, journal: Journal) -> None:
+        """Write down how far FP8 was off, where that was compared, and what has left it."""
+        step, config = self.progress.step, self.config.precision
+        for drift in self.drift.judge(self.progress):
+            record = {"step": step, "layer": drift.layer, "drift": drift.difference}
+            journal.write({"event": "drift", **record})
+            if self.drift.is_too_far(drift):
+                journal.write({"event": "fallback", **record})
+                log.warning(
+                    "step %d: the output of %s is off by %.3g in FP8, more than "
+                    "precision.drift.limit=%s; from now on it computes in %s",
+                    *(step, drift.layer, drift.difference, config.drift.limit, config.dtype.value),
+                )
 
     def check_agreement(self) -> None:
         """Compare with the other ranks what all must have alike.
