@@ -33,7 +33,7 @@ test: $(INSTALLED) ## the tests (minutes)
 
 test-all: $(INSTALLED) ## the slow tests too
 ifdef INSTALLED
-	$(PYTHON) -m pip install --quiet --no-build-isolation -e '.[harness]'
+	$(PYTHON) -m pip install --quiet --no-build-isolation -e '.[harness,kernels]'
 endif
 	$(PYTHON) -m pytest -q -m 'not gpu and not cluster'
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.e5m6 import dequantise_e5m6, quantise_e5m6
-from model.fp8 import Quantised, Scale, dequantise_tiles, quantise_blocks, quantise_tiles
-from model.fp8_product import multiply, multiply_transposed, outer
+from model.fp8 import Quantised, Scale, dequantise_tiles, quantise_blocks
+from model.fp8_operations import operations_on
 
 
 class Kept(StrEnum):
@@ -38,26 +38,35 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, kept: Kept) -> Tensor:
         scale = _scale(kept)
-        tiles = quantise_tiles(x, scale)
+        do = operations_on(x.device)
+        tiles = do.quantise_tiles(x, scale)
         ctx.save_for_backward(*(quantise_e5m6(x) if kept is Kept.e5m6 else tiles), weight)
         ctx.kept = kept
-        return multiply(tiles, quantise_blocks(weight), dtype=x.dtype)
+        blocks = quantise_blocks(weight[None])
+        return do.grouped_multiply(tiles, blocks, counts=[len(x)], dtype=x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         *saved, weight = ctx.saved_tensors
         needs_x, needs_weight, *_ = ctx.needs_input_grad
+        do, counts = operations_on(grad.device), [len(grad)]
         grad_x = grad_weight = None
         if needs_x:
-            blocks = quantise_blocks(weight)
-            grad_x = multiply_transposed(quantise_tiles(grad), blocks, dtype=grad.dtype)
+            grad_x = do.grouped_multiply_transposed(
+                do.quantise_tiles(grad),
+                quantise_blocks(weight[None]),
+                counts=counts,
+                dtype=grad.dtype,
+            )
         if needs_weight:
             tiles = Quantised(*saved)
             is_e4m3 = ctx.kept is Kept.e4m3
             width = weight.shape[1]
             x = dequantise_tiles(tiles) if is_e4m3 else dequantise_e5m6(tiles, width=width)
-            grad_weight = outer(grad, x, dtype=weight.dtype, scale=_scale(ctx.kept))
+            (grad_weight,) = do.grouped_outer(
+                grad, x, counts=counts, dtype=weight.dtype, scale=_scale(ctx.kept)
+            )
         return grad_x, grad_weight, None
 
 

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.fp8 import Quantised, Scale, dequantise_tiles, quantise_blocks, quantise_tiles
-from model.fp8_product import grouped_multiply, grouped_multiply_transposed, grouped_outer
+from model.fp8 import Quantised, Scale, dequantise_tiles, quantise_blocks
+from model.fp8_operations import operations_on
 
 
 def grouped_swiglu_in_fp8(
@@ -38,40 +38,41 @@ class _GroupedSwiGLU(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts: list[int]
     ) -> Tensor:
-        x = quantise_tiles(rows, Scale.power_of_two)
+        do = operations_on(rows.device)
+        x = do.quantise_tiles(rows, Scale.power_of_two)
         gated, upped = (
-            grouped_multiply(x, quantise_blocks(weight), counts=counts, dtype=rows.dtype)
+            do.grouped_multiply(x, quantise_blocks(weight), counts=counts, dtype=rows.dtype)
             for weight in (gate, up)
         )
-        inner = quantise_tiles(F.silu(gated) * upped)
-        kept = (*x, *quantise_tiles(gated), *quantise_tiles(upped))
+        inner = do.swiglu_into_tiles(gated, upped)
+        kept = (*x, *do.quantise_tiles(gated), *do.quantise_tiles(upped))
         ctx.save_for_backward(*kept, gate, up, down)
         ctx.counts = counts
-        return grouped_multiply(inner, quantise_blocks(down), counts=counts, dtype=rows.dtype)
+        return do.grouped_multiply(inner, quantise_blocks(down), counts=counts, dtype=rows.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *kept, gate, up, down = ctx.saved_tensors
-        counts = ctx.counts
+        do, counts = operations_on(grad.device), ctx.counts
         x, gated, upped = (
             dequantise_tiles(Quantised(*pair)) for pair in (kept[0:2], kept[2:4], kept[4:6])
         )
         activated = F.silu(gated)
-        arrived = quantise_tiles(grad, Scale.power_of_two)
-        d_inner = grouped_multiply_transposed(
+        arrived = do.quantise_tiles(grad, Scale.power_of_two)
+        d_inner = do.grouped_multiply_transposed(
             arrived, quantise_blocks(down), counts=counts, dtype=torch.float32
         )
         d_gated = torch.ops.aten.silu_backward(d_inner * upped, gated)
         d_upped = d_inner * activated
         grad_rows, further = (
-            grouped_multiply_transposed(
-                quantise_tiles(d), quantise_blocks(weight), counts=counts, dtype=torch.float32
+            do.grouped_multiply_transposed(
+                do.quantise_tiles(d), quantise_blocks(weight), counts=counts, dtype=torch.float32
             )
             for d, weight in ((d_gated, gate), (d_upped, up))
         )
         grad_weights = (
-            grouped_outer(y, of, counts=counts, dtype=weight.dtype, scale=Scale.power_of_two)
+            do.grouped_outer(y, of, counts=counts, dtype=weight.dtype, scale=Scale.power_of_two)
             for y, of, weight in (
                 (d_gated, x, gate),
                 (d_upped, x, up),

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.backends import Backend, choose_experts
 from model.ffn import gate_product
 from model.recompute import is_rebuilding, rebuild
 
@@ -30,7 +31,7 @@ def grouped_swiglu(
     each product in one kernel (BF16 only); on the CPU, in fp32, a loop that keeps an expert's rows
     in the cache is faster (`python -m bench.grouped`).
     """
-    if rows.is_cuda and rows.dtype == torch.bfloat16:
+    if choose_experts(rows.device, rows.dtype).backend is Backend.torch:
         ends = torch.tensor(counts, device=rows.device).cumsum(0, dtype=torch.int32)
         inner = rebuild(_grouped_gate_product, rows, gate, up, ends)
         return F.grouped_mm(inner, down.transpose(1, 2), offs=ends)

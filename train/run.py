@@ -15,6 +15,7 @@ from data.config import Verify, find_folder
 from data.manifest import read_manifest
 from data.samples import open_samples
 from data.training_data import TrainingData
+from model.backends import choose_all, describe
 from model.cost import count_parameters
 from model.whereabouts import HERE
 from train.agreement import check_agreement
@@ -97,6 +98,7 @@ class Run:
         self._described = describe_config(config)  # once: it takes longer than a small state's copy
         self.watchdog = Watchdog(config.watchdog, run_dir=self.run_dir, ranks=ranks)
         self._show_placement()
+        self._show_backends()
         self.check_agreement()
 
     def open_journal(self) -> Journal:
@@ -186,6 +188,18 @@ class Run:
             DisagreementError: Ranks disagree.
         """
         check_agreement(self.engine, self.progress, self._described, self.ranks)
+
+    def _show_backends(self) -> None:
+        """Which implementation each operation takes, printed by the first rank."""
+        precision = self.config.precision
+        choices = choose_all(
+            self.ranks.device,
+            precision.dtype.torch,
+            is_fp8=precision.fp8,
+            has_experts=self.config.model.moe is not None,
+        )
+        if self.ranks.is_first:
+            log.info("operations:\n%s", describe(choices))
 
     def _show_placement(self) -> None:
         """Who sits where, printed by the first rank; nothing if it is alone."""
