@@ -4,6 +4,7 @@ Each takes two steps on a batch with documents and padding, in fp32, and is comp
 PyTorch: states, losses, gradients, norm, moments, weights to 1e-5, counts and biases exactly.
 """
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from model.config import ModelConfig, MTPConfig
 from model.recompute import Recompute
 from tests.train.tiny import tiny_attention, tiny_model, tiny_moe, tiny_run
 from tests.train.verification import verify
+from train.checkpoint import CheckpointConfig
 from train.moments import Moments
 from train.optimizer import MuonConfig, OptimizerConfig
 from train.parallel import ZERO_STAGES, Offload, ParallelConfig, PipelineSchedule
@@ -23,11 +25,16 @@ BATCH_SIZE = 8
 FULL = {"recompute": Recompute.full}
 SELECTIVE = {"recompute": Recompute.selective}
 OFFLOAD = {"offload_optimizer": Offload.cpu}
+DISK = {
+    "offload_optimizer": Offload.nvme,
+    "offload_parameters": Offload.nvme,
+    "nvme_path": tempfile.gettempdir(),
+}
 CHUNKS = {"chunk": 10}  # rows; about a third of what a rank receives
 BF16_MOMENTS = {"optimizer": OptimizerConfig(moments=Moments.bf16)}
 MUON = {"optimizer": MuonConfig(iterate_in=Dtype.fp32)}
 
-# Fields of ParallelConfig, `accumulation` (1), `chunk` (none) and `optimizer` (AdamW).
+# Fields of ParallelConfig, `accumulation` (1), `chunk` (none), `optimizer` (AdamW), `is_tied` (no).
 Layout = dict[str, Any]
 
 FEW: list[tuple[int, Layout]] = [
@@ -64,6 +71,7 @@ MANY: list[tuple[int, Layout]] = [
         for more in (
             OFFLOAD,
             OFFLOAD | {"offload_parameters": Offload.cpu},
+            DISK,
             {"offload_activations": True, **SELECTIVE},
             BF16_MOMENTS,
             MUON,
@@ -98,11 +106,30 @@ def describe(value: Any) -> str:
     return ", ".join(names) or "plain"
 
 
-def model(chunk: int | None) -> ModelConfig:
+TIED: list[Any] = [
+    (2, {"pipeline": 2, "accumulation": 2, "is_tied": True}),
+    *(
+        pytest.param(num_ranks, {**layout, "is_tied": True}, marks=pytest.mark.slow)
+        for num_ranks, layout in (
+            (4, {"pipeline": 2, "expert": 2, "accumulation": 4, **FULL}),
+            (2, {"pipeline": 2, "pipeline_schedule": PipelineSchedule.zbv, "accumulation": 4}),
+            (4, {"pipeline": 4, "accumulation": 8, **MUON}),
+            (2, {"zero_stage": 3, "expert": 2, **FULL}),
+            (2, {"zero_stage": 2, "sequence": 2, "accumulation": 2}),
+        )
+    ),
+]
+
+
+def model(chunk: int | None, *, is_tied: bool) -> ModelConfig:
     """Four heads for four ranks, blocks for four stages, MTP two tokens ahead."""
-    attention = tiny_attention(num_heads=4)
-    moe = tiny_moe(max_tokens_per_chunk=chunk)
-    return tiny_model(num_layers=4, attention=attention, moe=moe, mtp=MTPConfig(depth=2))
+    return tiny_model(
+        num_layers=4,
+        attention=tiny_attention(num_heads=4),
+        moe=tiny_moe(max_tokens_per_chunk=chunk),
+        mtp=MTPConfig(depth=2),
+        tie_embedding=is_tied,
+    )
 
 
 IN_BF16: list[Any] = [
@@ -129,15 +156,17 @@ def check(
 ) -> None:
     layout = {"accumulation": 1, "chunk": None, "optimizer": OptimizerConfig(), **layout}
     accumulation, chunk = layout.pop("accumulation"), layout.pop("chunk")
+    is_tied = layout.pop("is_tied", False)
     optimizer = replace(layout.pop("optimizer"), clip_norm=0.1)
     replicas = num_ranks // (layout.get("sequence", 1) * layout.get("pipeline", 1))
     parallel = ParallelConfig(micro_batch_size=BATCH_SIZE // replicas // accumulation, **layout)
     config = tiny_run(
         folder,
-        model=model(chunk),
+        model=model(chunk, is_tied=is_tied),
         parallel=parallel,
         optimizer=optimizer,
         precision=PrecisionConfig(dtype=dtype),
+        checkpoint=CheckpointConfig(asynchronous=False),
     )
     comparison = verify(config, num_ranks, steps=steps)
     wrong = [f"{d.key} differs by {d.error:.1e} {d.problem}" for d in comparison.mismatches]
@@ -146,6 +175,13 @@ def check(
 
 @pytest.mark.parametrize(("num_ranks", "layout"), FEW, ids=describe)
 def test_a_layout_trains_the_same_model(tmp_path: Path, num_ranks: int, layout: Layout) -> None:
+    check(tmp_path, num_ranks, layout)
+
+
+@pytest.mark.parametrize(("num_ranks", "layout"), TIED, ids=describe)
+def test_a_head_that_is_the_embedding_is_trained_alike(
+    tmp_path: Path, num_ranks: int, layout: Layout
+) -> None:
     check(tmp_path, num_ranks, layout)
 
 

@@ -25,7 +25,7 @@ def test_thirty_small_steps_end_within_a_percent_of_fp32_moments(
             engine, ranks = start(config)
             return mean(train_steps(engine, ranks, config, range(30))[-5:])
 
-        return run_ranks(1, be_rank)[0]
+        return run_ranks(1, be_rank, seconds=600)[0]
 
     assert loss_with(moments) == pytest.approx(loss_with(Moments.fp32), rel=0.01)
 

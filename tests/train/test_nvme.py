@@ -59,7 +59,10 @@ def state_tensors(engine: Engine) -> dict[str, list[Tensor]]:
     }
 
 
-@pytest.mark.parametrize("moments", Moments)
+@pytest.mark.parametrize(
+    "moments",
+    [pytest.param(m, marks=[] if m is Moments.bf16 else pytest.mark.slow) for m in Moments],
+)
 def test_all_that_is_kept_of_parameters_lies_on_the_disk(tmp_path: Path, moments: Moments) -> None:
     config = config_of(tmp_path, dtype=Dtype.bf16, nvme_path=str(tmp_path), **ON_DISK)
     config.optimizer = OptimizerConfig(moments=moments)
