@@ -12,6 +12,7 @@ from typing import Protocol
 from data.blend import SourceConfig, StageConfig, check_blend
 from data.fim import FimConfig, check_fim
 from data.packing import Packing
+from data.retry import RetryConfig, check_retry
 from data.select import SelectConfig, check_select
 from data.template import parse_template
 from data.tokenizer import TokenizerConfig, check_tokenizer
@@ -70,6 +71,8 @@ class DataConfig:
     mask_documents: bool = True
     #: Positions count from 0 again in every document.
     reset_positions: bool = True
+    #: Patience with a file system that fails while a run reads.
+    retry: RetryConfig = field(default_factory=RetryConfig)
     #: What is checked before a prepared corpus is used: full (sha256) or fast (sizes).
     verify: Verify = Verify.full
 
@@ -170,6 +173,7 @@ def check_data(config: DataConfig) -> None:
             f"data.processes={config.processes} must be positive; choose null for one per core"
         )
     check_fim(config.fim)
+    check_retry(config.retry)
     check_select(config.select)
     if isinstance(config, MixtureData):
         check_blend(config.sources, config.stages)

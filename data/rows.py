@@ -65,13 +65,16 @@ def read_rows(
     numbers = np.empty((3, len(rows), seq_len), np.int64)
     all_real = np.ones((len(rows), seq_len), np.bool_)
     counting = np.arange(seq_len)
-    batches = []
+    batches: list[Rows] = []
     for start in range(0, len(rows), batch_size):
         some = slice(start, start + batch_size)
         (tokens, targets, positions), is_real = numbers[:, some], all_real[some]
         layout = _lay_out(located[some], seq_len, pad_id, dtype)
         flat = tokens.reshape(-1), targets.reshape(-1)
-        _fill(layout, gather, *flat, seq_len, is_masked=mask_documents)
+        try:
+            _fill(layout, gather, *flat, seq_len, is_masked=mask_documents)
+        except OSError as error:
+            raise OSError(_find_fault(located[some]) or str(error)) from error
         for first, last in layout.padding:
             is_real.reshape(-1)[first:last] = False
         whole = [seq_len] * len(tokens)
@@ -131,6 +134,16 @@ def _locate(rows: Sequence[Row], sources: dict[str, Source]) -> list[_Located]:
             located[index] = group, range(first, first + stop - start)
             first += stop - start
     return [located[index] for index in range(len(rows))]
+
+
+def _find_fault(rows: list[_Located]) -> str | None:
+    """What is wrong with the shards of rows that can't be read."""
+    for group, pieces in rows:
+        assert group.source.stream is not None
+        shards = set(group.shards[pieces.start : pieces.stop])
+        if (fault := group.source.stream.find_fault(shards)) is not None:
+            return fault
+    return None
 
 
 class _Layout(NamedTuple):

@@ -76,7 +76,7 @@ class TokenStream:
             shard.tokens[start_here:stop_here]
             for shard, _, start_here, stop_here in self._overlaps(start, stop)
         ]
-        return np.concatenate(pieces, dtype=np.int64)
+        return self._gather(pieces).astype(np.int64)
 
     def token(self, place: int) -> int:
         """The token at a place."""
@@ -105,6 +105,24 @@ class TokenStream:
             OSError: A shard can't be read any more.
         """
         return self._gather(views)
+
+    def close(self) -> None:
+        """Let go of all shards; they are opened again when they are read."""
+        self._open.cache_clear()
+        self.tokens.cache_clear()
+
+    def find_fault(self, shards: set[int]) -> str | None:
+        """What is wrong with the files of some shards, if that can be seen."""
+        for number in sorted(shards):
+            record = self._shards[number]
+            path = self._folder / record.bin.name
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                return str(error)
+            if size != record.bin.num_bytes:
+                return f"{path} has {size} bytes, was prepared with {record.bin.num_bytes}"
+        return None
 
     def document_starts(self, start: int, stop: int) -> list[int]:
         """Places in [start, stop) where a document begins."""
@@ -136,8 +154,12 @@ class TokenStream:
                     f"{self._folder}: the shards {self._shards[0].name} and "
                     f"{self._shards[number].name} hold tokens of two types; prepare it again"
                 )
+        if not self._shards[number].tokens:
+            return np.zeros(0, self._dtypes[number])  # what is empty can't be mapped
         with open(bin_path(self._folder / self._shards[number].name), "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if len(mapped) != self._shards[number].bin.num_bytes:
+            raise OSError(self.find_fault({number}))
         return np.frombuffer(mapped, self._dtypes[number])
 
     def _open_shard(self, number: int) -> Shard:

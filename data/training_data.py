@@ -12,6 +12,7 @@ from data.gather import Gather
 from data.manifest import Split, read_manifest
 from data.mixture import Drawn, Mixture, Row
 from data.position import Position, SourcePosition
+from data.retry import retry
 from data.rows import Rows, read_rows
 from data.source import Source
 from data.token_stream import TokenStream
@@ -51,7 +52,14 @@ class TrainingData:
         return self.mixture.draw(position, count)
 
     def read(self, rows: Sequence[Row], batch_size: int) -> list[Rows]:
-        """The content of drawn rows in batches of so many; see `read_rows`."""
+        """The content of drawn rows in batches of so many; see `read_rows`.
+
+        Raises:
+            OSError: A shard can't be read, often enough in a row; it is named.
+        """
+        return retry(lambda: self._read(rows, batch_size), self._config.retry, forget=self._forget)
+
+    def _read(self, rows: Sequence[Row], batch_size: int) -> list[Rows]:
         return read_rows(
             rows,
             self.mixture.sources,
@@ -62,6 +70,12 @@ class TrainingData:
             mask_documents=self._config.mask_documents,
             reset_positions=self._config.reset_positions,
         )
+
+    def _forget(self) -> None:
+        """Have shards opened anew."""
+        for source in self.mixture.sources.values():
+            assert source.stream is not None
+            source.stream.close()
 
     def enter(self, position: Position) -> Position:
         """The position as this config goes on from it: with a note of the blend if it is new.

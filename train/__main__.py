@@ -17,6 +17,7 @@ from train.config import CONFIG_FILE, RunConfig, check_run, read_config
 from train.engine import join, leave
 from train.loop import train
 from train.outcome import ExitCode, Outcome, Status, write_outcome
+from train.read import DataError
 from train.verify.config import ObservedRun
 from train.verify.rank import OBSERVED_FILE, observe_layout, observe_reference
 
@@ -50,7 +51,7 @@ def main() -> ExitCode:
         ranks.wait()
         leave()
         return outcome.exit_code
-    except SaveError as error:  # a full disk, perhaps one node's: another start may help
+    except (SaveError, DataError) as error:  # perhaps one node's disk: another start may help
         log.error("%s", error)
         report_failure(run_dir, str(error), at_fault=error.ranks)
         return ExitCode.FAILED

@@ -8,6 +8,7 @@ from train.interrupt import Interrupt, on_stop_signal
 from train.outcome import Outcome, Status
 from train.progress import refuse_divergence
 from train.ranks import Ranks
+from train.read import read, refuse_failures
 from train.run import Run
 from train.schedule import batch_size, learning_rate, model_at
 from train.update import count_denominators, update
@@ -19,6 +20,7 @@ def train(config: RunConfig, ranks: Ranks) -> Outcome:
     Raises:
         ValueError: Corpus or checkpoint do not fit the config.
         SaveError: A checkpoint could not be written, and the config says to stop then.
+        DataError: Samples could not be read; the run is saved.
         FloatingPointError: Too many steps in a row had gradients that were not finite.
     """
     interrupt = Interrupt()
@@ -35,10 +37,11 @@ def train(config: RunConfig, ranks: Ranks) -> Outcome:
             run.check_save(journal)
             size = batch_size(schedule, progress.step)
             with HERE.doing("data wait", is_collective=False):
-                micro_batches, position = batches.take(progress.data, size)
+                micro_batches, position, failure = read(batches, progress.data, size)
             over = count_denominators(micro_batches, config.model, ranks)
-            if ranks.any(interrupt.is_requested):
+            if ranks.any(interrupt.is_requested or failure is not None):
                 run.save(journal, is_last=True)
+                refuse_failures(failure, ranks)
                 return Outcome(status=Status.interrupted, step=progress.step, reason="a signal")
 
             lr = learning_rate(schedule, progress.step)

@@ -1,0 +1,104 @@
+"""A run whose data can't be read is saved where it stands, says what is wrong, and goes on."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+import data.training_data
+from data.retry import RetryConfig, retry
+from tests.ranks import run_ranks
+from tests.train.tiny import tiny_run
+from train.checkpoint import Checkpoints
+from train.config import RunConfig
+from train.engine import join
+from train.journal import read_records
+from train.loop import train as train_run
+from train.parallel import ParallelConfig
+
+CANT_READ = r"the data can't be read \(.*rank 1: .*00000\.bin.*the run is saved"
+
+
+def start(config: RunConfig) -> list[Any]:
+    return run_ranks(
+        2, lambda: train_run(config, join(config.parallel, timeout_minutes=0.5)).status
+    )
+
+
+@pytest.fixture
+def config(corpus: Path, tmp_path: Path) -> RunConfig:
+    config = tiny_run(tmp_path, parallel=ParallelConfig(expert=2, micro_batch_size=4))
+    config.data.folder = str(shutil.copytree(corpus, tmp_path / "corpus"))
+    config.data.retry = RetryConfig(attempts=2, wait_seconds=0.01)
+    Path(config.run_dir).mkdir()
+    return config
+
+
+def at_read(number: int, act: Any) -> Any:
+    """Something happens before rank 1 reads for the `number`-th time."""
+    read_rows, calls = data.training_data.read_rows, 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number and os.environ["RANK"] == "1":
+            act()
+        return read_rows(*args, **kwargs)
+
+    return mock.patch.object(data.training_data, "read_rows", counted)
+
+
+def numbers(config: RunConfig) -> list[tuple[float, float, int]]:
+    records = read_records(Path(config.run_dir), event="step")
+    return [(record["loss"], record["grad_norm"], record["samples"]) for record in records]
+
+
+@pytest.mark.parametrize("fault", ["removed", pytest.param("cut short", marks=pytest.mark.slow)])
+def test_a_shard_that_vanishes_stops_the_run_with_its_position_kept_and_a_rerun_finishes_it(
+    config: RunConfig, fault: str, tmp_path: Path
+) -> None:
+    shard = Path(config.data.folder) / "train-00000.bin"
+    kept = shutil.copy(shard, tmp_path / "kept.bin")
+    harm = shard.unlink if fault == "removed" else lambda: os.truncate(shard, 100)
+    # No shard stays open, as where there are more than may: a removed one is read while it is.
+    with (
+        mock.patch("data.token_stream.OPEN_SHARDS", 0 if fault == "removed" else 256),
+        at_read(4, harm),
+        pytest.raises(AssertionError, match=CANT_READ) as told,
+    ):
+        start(config)
+    assert "DataError" in str(told.value)
+    (*_, saved) = Checkpoints(Path(config.run_dir), keep=10).steps()
+    assert saved == 3
+    shutil.copy(kept, shard)
+    start(config)
+
+    undisturbed = tiny_run(tmp_path / "undisturbed", parallel=config.parallel)
+    undisturbed.data.folder = config.data.folder
+    Path(undisturbed.run_dir).mkdir(parents=True)
+    start(undisturbed)
+    assert numbers(config) == numbers(undisturbed)
+
+
+def test_a_failure_that_passes_is_only_a_warning(
+    config: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    failures, forgotten = [OSError("stale file handle")] * 2, []
+
+    def read() -> Sequence[int]:
+        if failures:
+            raise failures.pop()
+        return [1]
+
+    patience = RetryConfig(attempts=3, wait_seconds=0.001)
+    assert retry(read, patience, forget=lambda: forgotten.append(1)) == [1]
+    assert forgotten == [1, 1]
+    assert "stale file handle (attempt 1 of 3; the next in 0.001 s)" in caplog.text
+    assert "attempt 2 of 3; the next in 0.002 s" in caplog.text
+    failures += [OSError("gone")] * 3
+    with pytest.raises(OSError, match="gone"):
+        retry(read, patience, forget=lambda: None)
