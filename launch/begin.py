@@ -10,6 +10,7 @@ from data.config import MixtureData, find_folder
 from data.prepare import prepare
 from launch.compose import Job, to_config
 from launch.config import LaunchedRun, LocalLaunch, check_launched
+from launch.grow_on_resume import grow_on_resume
 from launch.run_folder import hold_folder, prepare_folder, take_up
 from train.restore import check_start
 
@@ -50,6 +51,7 @@ def begin(config: LaunchedRun) -> Iterator[Path]:
     """
     run_dir = Path(config.run_dir)
     with hold_folder(run_dir):
+        config = grow_on_resume(config)
         for change in prepare_folder(config):
             log.info("changed since the last start: %s", change)
         prepare(config.data)

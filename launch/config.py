@@ -14,6 +14,7 @@ from launch.hosts import Host, check_host_keys, find_hosts
 from launch.supervision import DoctorConfig, SupervisionConfig, check_supervision
 from model.config import MODEL_KINDS
 from train.config import RunConfig, check_run
+from train.grow.config import GrowChoices
 from train.schedule import SCHEDULE_KINDS
 
 
@@ -137,6 +138,7 @@ class LaunchedRun(RunConfig):
 
     #: How the run's ranks are started; may differ from one start of a run to the next.
     launch: LaunchConfig
+    grow: GrowChoices = field(default_factory=GrowChoices)
 
 
 def check_launched(config: LaunchedRun) -> None:

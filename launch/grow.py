@@ -2,14 +2,14 @@
 
 import logging
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from launch.compose import Job, run_jobs, to_config, worst
 from launch.config import LaunchedRun, check_launched
 from launch.run_folder import apply_overrides, compare, hold_folder, prepare_folder, refuse_fixed
 from train.config import CONFIG_FILE, read_config
-from train.grow.config import GrowChoices, GrownMoments
+from train.grow.config import GrownMoments
 from train.grow.measure import Difference, describe
 from train.grow.run import check, grow
 from train.outcome import ExitCode
@@ -28,8 +28,6 @@ MOMENTS = {
 class GrownRun(LaunchedRun):
     #: Folder of the run that grows; `from=FOLDER` on the command line.
     source: str
-    #: How it grows.
-    grow: GrowChoices = field(default_factory=GrowChoices)
 
 
 def main() -> ExitCode:

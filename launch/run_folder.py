@@ -103,7 +103,10 @@ def refuse_fixed(run_dir: Path, changes: list[Change], *, but: str | None = None
     hint = ""
     if is_growable(refused):
         settings = " ".join(f"{change.key}={change.new}" for change in refused)
-        hint = f"; thrifty grow from={run_dir} run_dir=NEW {settings} makes a new run of it"
+        hint = (
+            f"; thrifty grow from={run_dir} run_dir=NEW {settings} makes a new run of it, and "
+            "grow.on_resume=true beside these settings lets it grow in its own folder"
+        )
     raise ValueError(
         f"run_dir={run_dir} holds a run with other settings ({listed}); give these the old values "
         f"to continue it, or another run_dir to start a new run{hint}"

@@ -26,7 +26,7 @@ from train.schedule import SCHEDULE_KINDS, ScheduleConfig, check_schedule
 from train.watchdog import WatchdogConfig, check_watchdog
 
 CONFIG_FILE = "config.yaml"
-LAUNCH = "launch"  # the launcher's own group, of no concern to ranks
+LAUNCHERS = ("launch", "grow")  # the launcher's own sections, of no concern to ranks
 
 
 @dataclass(slots=True, kw_only=True)
@@ -134,8 +134,9 @@ def read_config(path: Path, schema: type[Config]) -> Config:
         values = OmegaConf.to_container(OmegaConf.load(path))
         assert isinstance(values, dict), f"{path} holds a mapping"
         known = {field.name for field in fields(schema)}
-        if LAUNCH not in known:
-            values.pop(LAUNCH, None)
+        for section in LAUNCHERS:
+            if section not in known:
+                values.pop(section, None)
         return typed(values, schema)
     except (OmegaConfBaseException, OSError) as error:
         raise ValueError(f"{path} is no config of a run: {error}") from error

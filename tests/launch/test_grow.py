@@ -1,5 +1,8 @@
 """`thrifty grow` as a user types it, and a run of two ranks that goes on from what it wrote."""
 
+import logging
+import os
+import shutil
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -8,8 +11,10 @@ from unittest import mock
 import pytest
 
 from data.prepare import prepare
+from launch.begin import begin
 from launch.config import LaunchedRun, LocalLaunch
 from launch.grow import main
+from launch.grow_on_resume import STAGE, grow_on_resume, replaced
 from launch.run_folder import prepare_folder
 from tests.ranks import run_ranks
 from tests.train.tiny import tiny_run
@@ -107,3 +112,110 @@ def test_a_resumption_with_other_expert_counts_names_the_command(source: Launche
         ValueError, match=r"thrifty grow from=.* run_dir=NEW model.moe.num_experts=16 makes a new"
     ):
         prepare_folder(config)
+
+
+@pytest.fixture
+def resumed(source: LaunchedRun, tmp_path: Path) -> LaunchedRun:
+    """The run's folder copied, and the config with which it is to grow there."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(source.run_dir, run_dir)
+    config = read_config(run_dir / CONFIG_FILE, LaunchedRun)
+    config.run_dir, config.schedule.steps = str(run_dir), 4
+    write_config(config, run_dir / CONFIG_FILE)
+    config.model.moe.num_experts, config.model.moe.top_k = 16, 4
+    config.grow.on_resume, config.grow.max_error = True, 1e-5
+    return config
+
+
+def experts(run_dir: Path) -> dict[str, int]:
+    """How many experts each checkpoint of the folder has."""
+    return {
+        path.name: read_manifest(path).tensors["weight/layers.1.ffn.experts.up"].shape[0]
+        for path in sorted((run_dir / "checkpoints").iterdir())
+    }
+
+
+def test_a_run_grows_in_its_own_folder_when_it_is_resumed_so(
+    resumed: LaunchedRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with begin(resumed) as run_dir:
+        assert experts(run_dir) == {"step-00000002": 16, "step-00000002.before-growth": 8}
+    assert "logits change by" in caplog.text
+    assert "model.moe.num_experts: 8 -> 16" in caplog.text
+    manifest = read_manifest(Checkpoints(run_dir).path(2))
+    assert manifest.parent is not None
+    assert manifest.parent[:3] == (Origin.grown, str(run_dir), 2)
+    assert manifest.parent.hash == read_manifest(replaced(Checkpoints(run_dir).path(2))).hash
+    kept = read_config(run_dir / CONFIG_FILE, LaunchedRun)
+    assert (kept.model.moe.num_experts, kept.grow.on_resume) == (16, False)
+    with begin(resumed):  # the same command again
+        assert experts(run_dir) == {"step-00000002": 16, "step-00000002.before-growth": 8}
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing of ours catches it."""
+
+
+def die(*_: object, **__: object) -> None:
+    raise Killed
+
+
+def is_second(path: Path) -> bool:
+    """Whether it is the grown checkpoint that is about to take its place."""
+    return path.name == "step-00000002" and path.parent.parent.name == STAGE
+
+
+def die_at_second(path: Path, target: Path) -> None:
+    if is_second(path):
+        raise Killed
+    os.rename(path, target)
+
+
+def die_after_second(path: Path, target: Path) -> None:
+    os.rename(path, target)
+    if is_second(path):
+        raise Killed
+
+
+KILLS = {
+    "written": ("launch.grow_on_resume.write_config", die),
+    "config written": ("launch.grow_on_resume.replaced", die),
+    "one renamed": ("launch.grow_on_resume.Path.rename", die_at_second),
+    "both renamed": ("launch.grow_on_resume.Path.rename", die_after_second),
+}
+LEFT = {
+    "written": {"step-00000002": 8},
+    "config written": {"step-00000002": 8},
+    "one renamed": {"step-00000002.before-growth": 8},
+    "both renamed": {"step-00000002": 16, "step-00000002.before-growth": 8},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", KILLS)
+def test_a_growth_that_was_killed_is_finished_or_made_again(
+    resumed: LaunchedRun, kill: str
+) -> None:
+    """Whatever was done already, the next start has one checkpoint of the config's model."""
+    run_dir = Path(resumed.run_dir)
+    with mock.patch(*KILLS[kill]), pytest.raises(Killed), begin(resumed):
+        pass
+    assert experts(run_dir) == LEFT[kill]
+    assert (run_dir / STAGE / "checkpoints").is_dir()
+    with begin(resumed):
+        assert experts(run_dir) == {"step-00000002": 16, "step-00000002.before-growth": 8}
+        assert not (run_dir / "growing").exists()
+    assert start(read_config(run_dir / CONFIG_FILE, LaunchedRun)) == 4
+    assert [record["step"] for record in read_records(run_dir, event="step")] == [1, 2, 3, 4]
+    assert experts(run_dir)["step-00000004"] == 16
+
+
+def test_growth_on_resume_changes_nothing_else(resumed: LaunchedRun) -> None:
+    resumed.seed = 3
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(seed: 0 -> 3\)"):
+        grow_on_resume(resumed)
+    resumed.seed, resumed.model.dim = 0, 64
+    with pytest.raises(ValueError, match=r"can't change model\.dim"):
+        grow_on_resume(resumed)
+    assert experts(Path(resumed.run_dir)) == {"step-00000002": 8}

@@ -37,6 +37,9 @@ class GrownMoments(StrEnum):
 
 @dataclass(slots=True, kw_only=True)
 class GrowChoices:
+    #: Whether a run that is continued with another model (expert counts, layers) grows in its own
+    #: folder; a leave for one start. thrifty grow makes a new run and needs none.
+    on_resume: bool = False
     #: Standard deviation of what is added to copies of experts, relative to each tensor's own.
     #: Without it, clones that every token visits together stay equal for ever.
     noise: float = 0.0

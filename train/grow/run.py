@@ -41,15 +41,18 @@ def grow(
     choices: GrowChoices,
     *,
     report: Callable[[Difference], None],
+    into: Path | None = None,
 ) -> Grown:
     """Write the grown checkpoint into the new run's folder, as the one to continue from.
 
-    `report` is told the change of the function before anything is written.
+    `report` is told the change of the function before anything is written. `into` is a folder other
+    than the new run's to write into.
 
     Raises:
         ValueError: The change can't be made, is larger than allowed, or the folder is in use.
     """
-    changes = check(old, new, choices)
+    into = Path(new.run_dir) if into is None else into
+    changes = check(old, new, choices, into=into)
     stored = open_checkpoint(source, step=None)
     growth = Growth(old=old.model, new=new.model, seed=old.seed, choices=choices)
     tokens = real_tokens(old.data, sequences=choices.sequences)
@@ -68,14 +71,14 @@ def grow(
             f"the logits change by {difference.relative:.1e}, more than grow.max_error="
             f"{choices.max_error}; nothing was written"
         )
-    path = write_checkpoint(
-        Path(new.run_dir), list(plan_runs(tensors, stored)), _describe(source, stored, new)
-    )
+    path = write_checkpoint(into, list(plan_runs(tensors, stored)), _describe(source, stored, new))
     parameters = sum(math.prod(shape) for shape in tensors.shapes.values())
     return Grown(stored.manifest.step, path, changes, parameters)
 
 
-def check(old: RunConfig, new: RunConfig, choices: GrowChoices) -> list[Change]:
+def check(
+    old: RunConfig, new: RunConfig, choices: GrowChoices, *, into: Path | None = None
+) -> list[Change]:
     """What grows; refuses, with a ValueError, what can't."""
     check_choices(choices)
     values = describe_config(old), describe_config(new)
@@ -85,7 +88,7 @@ def check(old: RunConfig, new: RunConfig, choices: GrowChoices) -> list[Change]:
             "nothing grows: give another model.moe.num_experts, model.moe.top_k, "
             "model.num_layers or the like"
         )
-    run_dir = Path(new.run_dir)
+    run_dir = Path(new.run_dir) if into is None else into
     if Checkpoints(run_dir).steps() or (run_dir / CONFIG_FILE).exists():
         raise ValueError(f"run_dir={run_dir} holds a run already; choose another run_dir")
     return changes
