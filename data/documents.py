@@ -78,10 +78,11 @@ def write_index(shards: dict[Path, bool], starts: Path, prompts: Path | None) ->
         for prefix, has_prompts in shards.items():
             shard = Shard(prefix)
             places = shard.all_starts()
-            starts_file.write((places[:-1] + end).astype("<i8").tobytes())
+            has_tokens = np.diff(places) > 0  # other tools may store empty documents
+            starts_file.write((places[:-1][has_tokens] + end).astype("<i8").tobytes())
             end += int(places[-1])
             if prompts_file is not None:
-                lengths = shard.prompt_lengths() * has_prompts
+                lengths = shard.prompt_lengths()[has_tokens] * has_prompts
                 prompts_file.write(lengths.astype("<i4").tobytes())
         starts_file.write(np.array([end], "<i8").tobytes())
 

@@ -4,13 +4,17 @@ Imports little, because every worker process starts by importing this.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data.atomic_file import read_json, write_json
-from data.document import Document, Ids, Prompted
+from data.document import Document, Ids, Prompted, Tokens
 from data.manifest import FileRecord, ShardRecord, Split, read_shard_record
 from data.shard_pool import hash_documents
 from data.shards import bin_path, idx_path, write_shard
@@ -18,6 +22,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 
 RECORDS = "finished_shards"
 EMPTY = "empty"
+LONGEST_PIECE = 1_000_000  # characters that are tokenized at once
 
 
 @dataclass(slots=True, frozen=True)
@@ -101,10 +106,37 @@ class ShardEncoder:
 
 def encode_document(tokenizer: Tokenizer, document: Document) -> Ids:
     """A document as it is stored: bos, the prompt's tokens if any, the text's, eos."""
-    text = [*tokenizer.encode(document.text.decode()), tokenizer.eos_id]
+    bos: list[Tokens] = [[tokenizer.bos_id]]
+    eos: list[Tokens] = [[tokenizer.eos_id]]
+    text = encode_pieces(tokenizer, document.text.decode())
     if document.prompt is None:
-        return [tokenizer.bos_id, *text]
-    return Prompted([tokenizer.bos_id, *tokenizer.encode(document.prompt.decode())], text)
+        return join([*bos, *text, *eos])
+    return Prompted(
+        join([*bos, *encode_pieces(tokenizer, document.prompt.decode())]), join([*text, *eos])
+    )
+
+
+def encode_pieces(tokenizer: Tokenizer, text: str) -> Iterator[Tokens]:
+    """The text's ids in pieces; a very long text is tokenized so, or it would take a hundred times
+    its size in memory."""
+    if len(text) <= LONGEST_PIECE:
+        yield tokenizer.encode(text)
+        return
+    start = 0
+    while start < len(text):
+        stop = start + LONGEST_PIECE
+        if stop < len(text):  # after a line or before a word if there is one, else anywhere
+            newline = text.rfind("\n", start, stop) + 1
+            stop = newline or max(text.rfind(" ", start + 1, stop), 0) or stop
+        yield np.array(tokenizer.encode(text[start:stop]), np.int32)
+        start = stop
+
+
+def join(pieces: list[Tokens]) -> Tokens:
+    """All ids in a row."""
+    if any(isinstance(piece, np.ndarray) for piece in pieces):
+        return np.concatenate([np.asarray(piece, np.int32) for piece in pieces])
+    return list(chain.from_iterable(pieces))
 
 
 def split_of(document: Document, validation_fraction: float) -> Split:

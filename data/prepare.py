@@ -28,7 +28,15 @@ import numpy as np
 
 from data import origin
 from data.atomic_file import write_aside
-from data.config import DataConfig, MixtureData, Verify, check_data, count_workers, find_folder
+from data.config import (
+    DataConfig,
+    MixtureData,
+    TokenizedData,
+    Verify,
+    check_data,
+    count_workers,
+    find_folder,
+)
 from data.corpus import read_documents
 from data.document import Document
 from data.documents import write_index
@@ -53,6 +61,7 @@ from data.manifest import (
     write_manifest,
 )
 from data.prepare_mixture import prepare_mixture
+from data.prepare_tokenized import prepare_tokenized
 from data.progress import Advance, Progress, open_progress
 from data.report import make_report, write_report
 from data.select_corpus import Selection, select_documents
@@ -90,6 +99,11 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Prepared
     with _lock(folder):
         if (folder / FILE).is_file():
             return _accept_finished(config, folder)
+        if isinstance(config, TokenizedData):
+            tokenized = prepare_tokenized(
+                config, folder=folder, tokenizer_path=tokenizer_path(config)
+            )
+            return Prepared(folder, tokenized, was_ready=False)
         _begin_or_continue(config, folder)
         with _explain_failure(folder):
             manifest = _make(config, folder, progress or open_progress())

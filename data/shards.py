@@ -7,7 +7,7 @@ The index, little-endian without padding (megatron/core/datasets/indexed_dataset
     document i64[D], the last of them N.
 
 We write each document as one sequence, bos first and eos last; one with a prompt as two, the
-prompt and the rest.
+prompt and the rest. Datatrove's `.ds` files are read as well (`data/datatrove_index.py`).
 """
 
 import struct
@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data.atomic_file import write_aside
+from data.datatrove_index import SUFFIX as DATATROVE
+from data.datatrove_index import DatatroveIndex
 from data.document import Ids, Prompted
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -55,12 +57,13 @@ def choose_dtype(vocab_size: int) -> int:
 
 def bin_path(prefix: Path) -> Path:
     """The file that holds the tokens."""
-    return prefix.with_name(prefix.name + ".bin")
+    return prefix if prefix.suffix == DATATROVE else prefix.with_name(prefix.name + ".bin")
 
 
 def idx_path(prefix: Path) -> Path:
     """The file that holds the index."""
-    return prefix.with_name(prefix.name + ".idx")
+    suffix = ".index" if prefix.suffix == DATATROVE else ".idx"
+    return prefix.with_name(prefix.name + suffix)
 
 
 def write_shard(prefix: Path, documents: Iterable[Ids], *, vocab_size: int) -> ShardSummary:
@@ -108,15 +111,14 @@ def _build_index(
     return header + lengths.tobytes() + offsets.astype("<i8").tobytes() + borders.tobytes()
 
 
-class Shard:
-    """A memory-mapped shard; opening it costs the same whatever its size.
+class MegatronIndex:
+    """The index of one shard, memory-mapped; opening it costs the same whatever its size.
 
     Raises:
-        ValueError: The files are no Megatron shard or do not fit together.
+        ValueError: The file is no Megatron index or is cut short.
     """
 
-    def __init__(self, prefix: Path) -> None:
-        index_path, tokens_path = idx_path(prefix), bin_path(prefix)
+    def __init__(self, index_path: Path) -> None:
         with open(index_path, "rb") as file:
             header = file.read(HEADER.size)
         if len(header) < HEADER.size or header[: len(MAGIC)] != MAGIC:
@@ -139,36 +141,63 @@ class Shard:
         self._borders = index[borders_at : borders_at + 8 * num_borders].view("<i8")
         self._num_sequences = num_sequences
         self.num_documents: int = max(num_borders - 1, 0)
-        self.tokens: npt.NDArray[np.integer[Any]] = np.memmap(tokens_path, DTYPES[code], mode="r")
-        """All tokens of the shard, [num_tokens]."""
+        self.dtype = DTYPES[code]
         last = index[offsets_at - 4 : offsets_at].view("<i4")
-        expected = 0
+        self.num_tokens = 0
         if num_sequences:
-            expected = int(self._offsets[-1]) // DTYPES[code].itemsize + int(last[0])
-        if len(self.tokens) != expected:
-            raise ValueError(
-                f"{tokens_path} holds {len(self.tokens)} tokens, its index says {expected}"
-            )
+            self.num_tokens = int(self._offsets[-1]) // self.dtype.itemsize + int(last[0])
+
+    def document_start(self, document: int) -> int:
+        """The place of the document's first token."""
+        sequence = int(self._borders[document])
+        if sequence == self._num_sequences:
+            return self.num_tokens
+        return int(self._offsets[sequence]) // self.dtype.itemsize
 
     def all_starts(self) -> npt.NDArray[np.int64]:
         """The place of every document's first token, and the end, [num_documents + 1]."""
-        places = np.append(self._offsets.copy() // self.tokens.itemsize, len(self.tokens))
-        return np.asarray(places[self._borders.copy()], np.int64)
+        return np.asarray(self._all_places()[self._borders.copy()], np.int64)
 
     def prompt_lengths(self) -> npt.NDArray[np.int32]:
         """Tokens of every document's first sequence where it has two, else 0, [num_documents]."""
         borders = self._borders.copy()
         has_prompt = np.diff(borders) == 2
-        places = np.append(self._offsets.copy() // self.tokens.itemsize, len(self.tokens))
+        places = self._all_places()
         firsts = places[np.minimum(borders[:-1] + 1, self._num_sequences)] - places[borders[:-1]]
         return np.where(has_prompt, firsts, 0).astype(np.int32)
 
-    def document_start(self, document: int) -> int:
-        """The place of the document's first token in `tokens`."""
-        sequence = int(self._borders[document])
-        if sequence == self._num_sequences:
-            return len(self.tokens)
-        return int(self._offsets[sequence]) // self.tokens.itemsize
+    def _all_places(self) -> npt.NDArray[np.int64]:
+        """The place of every sequence's first token, and the end."""
+        return np.append(self._offsets.copy() // self.dtype.itemsize, self.num_tokens)
+
+
+class Shard:
+    """A memory-mapped shard; opening it costs the same whatever its size.
+
+    Raises:
+        ValueError: The files are no shard or do not fit together.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        tokens_path, index_path = bin_path(prefix), idx_path(prefix)
+        self._index: MegatronIndex | DatatroveIndex
+        if prefix.suffix == DATATROVE:
+            self._index = DatatroveIndex(tokens_path, index_path)
+        else:
+            self._index = MegatronIndex(index_path)
+        self.num_documents: int = self._index.num_documents
+        self.tokens: npt.NDArray[np.integer[Any]] = np.zeros(0, self._index.dtype)
+        """All tokens of the shard, [num_tokens]."""
+        if tokens_path.stat().st_size:  # what is empty can't be mapped
+            self.tokens = np.memmap(tokens_path, self._index.dtype, mode="r")
+        if len(self.tokens) != self._index.num_tokens:
+            raise ValueError(
+                f"{tokens_path} holds {len(self.tokens)} tokens, its index says "
+                f"{self._index.num_tokens}"
+            )
+        self.document_start = self._index.document_start
+        self.all_starts = self._index.all_starts
+        self.prompt_lengths = self._index.prompt_lengths
 
     def document_starts(self, start: int, stop: int) -> list[int]:
         """Places in [start, stop) where a document begins, by binary search in the index."""

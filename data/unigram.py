@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.manifest import Split, read_manifest
-from data.shards import Shard
+from data.shards import Shard, bin_path
 
 COUNTED_AT_ONCE = 2**24  # tokens
 
@@ -15,12 +15,21 @@ Counts = npt.NDArray[np.int64]
 
 
 def count_tokens(shards: Iterable[Path], *, vocab_size: int) -> Counts:
-    """How often each id occurs in the shards, [vocab_size]."""
+    """How often each id occurs in the shards, [vocab_size].
+
+    Raises:
+        ValueError: A shard holds an id that the vocabulary does not have.
+    """
     counts = np.zeros(vocab_size, np.int64)
     for prefix in shards:
         tokens = Shard(prefix).tokens
         for start in range(0, len(tokens), COUNTED_AT_ONCE):
             piece = tokens[start : start + COUNTED_AT_ONCE]
+            if (largest := int(piece.max())) >= vocab_size or piece.min() < 0:
+                raise ValueError(
+                    f"{bin_path(prefix)} holds the token {largest}, the tokenizer has only "
+                    f"{vocab_size}; give the tokenizer that it was made with"
+                )
             counts += np.bincount(piece, minlength=vocab_size)
     return counts
 

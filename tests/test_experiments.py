@@ -23,6 +23,11 @@ OPTIONS = sorted(
 CHOSEN = {
     "data=files": ["data.paths=[a.txt]"],
     "data=hub": ["data.name=a/b"],
+    "data=tokenized": [
+        "data.paths=[a.bin]",
+        "data.validation_paths=[b.bin]",
+        f"data.tokenizer.path={__file__}",
+    ],
     **{f"launch={kind}": ["launch.hosts=[node1]"] for kind in ("ssh", "pdsh", "openmpi")},
     "data=mixture": ["data.sources=[{name: a, folder: b, weight: 1}]"],
 }

@@ -1,6 +1,6 @@
 """Evaluation of a run's checkpoint, apart from its training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.batches import Batch
@@ -21,6 +21,9 @@ class EvaluateConfig:
     step: int | None = None
     #: Its weights as trained, or their moving average (ema).
     weights: Weights = Weights.trained
+    #: Folder of a prepared corpus that is judged by instead of the run's own, such as one source of
+    #: a mixture; it must have been made with the run's tokenizer.
+    corpus: str | None = None
     #: Validation sequences to read; null reads the whole split.
     max_sequences: int | None = None
 
@@ -38,6 +41,8 @@ def evaluate_run(config: EvaluateConfig) -> Evaluation:
     ranks = alone()
     restored = restore(Path(config.run_dir), ranks=ranks, step=config.step, weights=config.weights)
     data, device = restored.config.data, ranks.device
+    if config.corpus is not None:
+        data = replace(data, folder=config.corpus)
     samples = open_samples(
         data,
         tokenizer_fingerprint=restored.tokenizer.fingerprint,

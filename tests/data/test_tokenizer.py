@@ -1,10 +1,12 @@
 """Tokenizers are lossless, and no text encodes to a marker."""
 
 import inspect
+import re
 import textwrap
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -113,6 +115,25 @@ def test_a_trained_tokenizer_has_its_size_and_six_markers(trained: Tokenizer) ->
 
 def test_every_digit_is_a_token_of_its_own(trained: Tokenizer) -> None:
     assert [trained.decode([token]) for token in trained.encode("3141")] == list("3141")
+
+
+@pytest.mark.parametrize("kind", list(ModelType))
+def test_tokens_keep_to_the_rules_of_the_docs(
+    kind: ModelType, trained_paths: dict[str, Path]
+) -> None:
+    """Letters stand with nothing but one space before them; digits stand alone."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(trained_paths[kind]))
+    ordinary = [
+        model.id_to_piece(token)
+        for token in range(model.vocab_size())
+        if not (model.is_byte(token) or model.is_control(token) or model.is_unknown(token))
+    ]
+    for piece in ordinary:
+        assert not any(map(str.isdigit, piece)) or len(piece) == 1
+        if any(map(str.isalpha, piece)):
+            assert re.fullmatch(r"▁?[^\W\d_]+", piece)
+        assert "▁" not in piece.lstrip("▁")  # spaces begin a piece or are all of it
+    assert any("\n" in piece and len(piece) > 1 for piece in ordinary)  # punctuation may join them
 
 
 def test_indentation_takes_few_tokens(trained: Tokenizer) -> None:

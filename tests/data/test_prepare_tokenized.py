@@ -1,0 +1,197 @@
+"""Corpora that other tools have tokenized are read where they lie, document by document."""
+
+import struct
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
+from datatrove.pipeline.tokens.tokenizer import TokenizedFile
+
+from data.config import TokenizedData, check_data
+from data.corpus import find_token_files
+from data.documents import MappedIndex
+from data.manifest import Split
+from data.position import Position
+from data.prepare import Prepared, prepare
+from data.shards import Shard
+from data.token_stream import TokenStream
+from data.tokenizer import TokenizerConfig, load_tokenizer
+from data.training_data import TrainingData
+
+
+def write_megatron(folder: Path, name: str, documents: list[list[int]], size: int = 2) -> None:
+    """By datatrove's writer of Megatron's format."""
+    file = MegatronTokenizedFile(str(folder), name, token_size=size)
+    for ids in documents:
+        file.write(ids)
+    file.close()
+
+
+def write_datatrove(folder: Path, name: str, documents: list[list[int]], size: int = 2) -> None:
+    """By datatrove's writer of its own format."""
+    file = TokenizedFile(str(folder), f"{name}.ds", token_size=size, save_final_metadata=True)
+    for ids in documents:
+        file.write(ids, None)
+    file.close()
+
+
+WRITERS: dict[str, Callable[..., None]] = {"bin": write_megatron, "ds": write_datatrove}
+
+
+@pytest.fixture
+def config(prepared: Prepared, tmp_path: Path) -> TokenizedData:
+    return TokenizedData(
+        folder=str(tmp_path / "corpus"),
+        paths=[f"{tmp_path}/train*.[bd]*"],
+        validation_paths=[f"{tmp_path}/held_out*.[bd]*"],
+        tokenizer=TokenizerConfig(path=str(prepared.folder / "tokenizer.model")),
+        seq_len=32,
+    )
+
+
+def tokenize(prepared: Prepared, texts: list[str]) -> list[list[int]]:
+    """As other tools do: no bos."""
+    tokenizer = load_tokenizer(prepared.folder / "tokenizer.model")
+    return [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+
+
+@pytest.mark.parametrize(("kind", "size"), [("bin", 2), ("ds", 2), ("bin", 4), ("ds", 4)])
+def test_every_document_is_trained_on_as_it_was_written(
+    kind: str, size: int, prepared: Prepared, config: TokenizedData, tmp_path: Path
+) -> None:
+    texts = [f"document {number} of {number * 7 % 40} words " * 3 for number in range(40)]
+    ids = tokenize(prepared, texts)
+    write = WRITERS[kind]
+    write(tmp_path, "train_a", [*ids[:10], [], *ids[10:15], []], size)  # two of them empty
+    write(tmp_path, "train_b", ids[15:30], size)
+    write(tmp_path, "held_out", ids[30:], size)
+    manifest = prepare(config).manifest
+    assert manifest.train.documents == 30
+    assert manifest.train.tokens == sum(map(len, ids[:30]))
+    assert manifest.validation.text_bytes == sum(len(text.encode()) for text in texts[30:])
+    copied = {path.suffix for path in Path(config.folder).iterdir()}
+    assert copied == {".model", ".json", ".npy", ".i64", ".lock"}  # no tokens
+    index = MappedIndex(Path(config.folder) / "documents-train.i64", None)
+    spans = index.find(np.arange(30))
+    stream = TokenStream(Path(config.folder), Split.train, verify=config.verify)
+    found = [
+        stream.read(start, start + length).tolist()
+        for start, length in zip(spans.starts.tolist(), spans.lengths.tolist(), strict=True)
+    ]
+    assert found == ids[:30]
+    data = TrainingData(config, seed=0)
+    (rows,) = data.read(data.draw(Position(), 8).rows, batch_size=8)
+    eos = manifest.tokenizer.eos_id
+    assert (rows.targets == eos).sum() >= 3
+    assert (rows.targets[rows.tokens == eos] < 0).all()  # nothing is learnt across documents
+    assert prepare(config).was_ready
+
+
+def test_documents_of_several_sentences_are_whole(
+    prepared: Prepared, config: TokenizedData, tmp_path: Path
+) -> None:
+    """Megatron's tools may split a document into sentences: one sequence each."""
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 4, 4, 3)
+    lengths, offsets = struct.pack("<4i", 2, 3, 1, 2), struct.pack("<4q", 0, 8, 20, 24)
+    borders = struct.pack("<3q", 0, 3, 4)
+    for name in ("train", "held_out"):
+        (tmp_path / f"{name}.idx").write_bytes(header + lengths + offsets + borders)
+        np.arange(8, dtype="<i4").tofile(tmp_path / f"{name}.bin")
+    manifest = prepare(config).manifest
+    assert manifest.train.documents == 2
+    assert manifest.train.prompt_tokens == 0  # the first sentence is no prompt
+    spans = MappedIndex(Path(config.folder) / "documents-train.i64", None).find(np.arange(2))
+    assert (spans.starts.tolist(), spans.lengths.tolist()) == ([0, 6], [6, 2])
+
+
+def test_a_changed_file_is_refused(
+    prepared: Prepared, config: TokenizedData, tmp_path: Path
+) -> None:
+    ids = tokenize(prepared, ["one", "two"])
+    for name in ("train", "held_out"):
+        write_datatrove(tmp_path, name, ids)
+    prepare(config)
+    write_datatrove(tmp_path, "train", ids * 2)
+    with pytest.raises(ValueError, match=r"train\.ds has changed.*Choose another data\.folder"):
+        prepare(config)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda folder: (folder / "train.bin").unlink(), r"data\.paths: .* matches no file"),
+        (lambda folder: (folder / "train.idx").unlink(), r"train\.bin has no train\.idx beside"),
+        (lambda folder: (folder / "held_out.ds.index").unlink(), r"no held_out\.ds\.index beside"),
+        (
+            lambda folder: (folder / "held_out.ds").write_bytes(b"\1\0\1"),
+            r"held_out\.ds holds 3 bytes, which are not the \d+ tokens .* cut short",
+        ),
+        (
+            lambda folder: (folder / "held_out.ds.loss").write_bytes(b"\1"),
+            r"held_out\.ds\.loss says which tokens no loss is taken on, which is not read",
+        ),
+        (
+            lambda folder: write_megatron(folder, "train", [[1, 60_000]]),
+            r"train\.bin holds the token 60000, the tokenizer has only 400; give the tokenizer",
+        ),
+        (
+            lambda folder: write_megatron(folder, "train", [[1, 2]], 4),
+            r"held_out\.ds holds tokens as uint16|holds tokens as int32, .* as uint16",
+        ),
+        (
+            lambda folder: write_megatron(folder, "held_out", [[1, 2]], 2),
+            None,
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(
+    spoil: Callable[[Path], object],
+    complaint: str | None,
+    prepared: Prepared,
+    config: TokenizedData,
+    tmp_path: Path,
+) -> None:
+    ids = tokenize(prepared, ["one two", "three"])
+    write_megatron(tmp_path, "train", ids)
+    write_datatrove(tmp_path, "held_out", ids)
+    spoil(tmp_path)
+    if complaint is None:  # both kinds in one corpus
+        assert prepare(config).manifest.validation.documents == 3
+        return
+    with pytest.raises(ValueError, match=complaint):
+        prepare(config)
+
+
+def test_files_that_are_trained_on_and_held_out_are_refused(
+    prepared: Prepared, config: TokenizedData, tmp_path: Path
+) -> None:
+    write_megatron(tmp_path, "train", tokenize(prepared, ["one"]))
+    config.validation_paths = config.paths
+    with pytest.raises(ValueError, match=r"train belongs to data\.paths and data\.validation_pa"):
+        prepare(config)
+
+
+def test_the_tokenizer_must_be_given(config: TokenizedData) -> None:
+    config.tokenizer.path = None
+    with pytest.raises(ValueError, match=r"data\.tokenizer\.path=null, but data=tokenized needs"):
+        check_data(config)
+
+
+def test_our_shards_are_read_as_megatrons(prepared: Prepared, tmp_path: Path) -> None:
+    """Written here, read by the other tool's reader; and as a corpus of tokens again."""
+    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    record = prepared.manifest.train.shards[0]
+    prefix = prepared.folder / record.name
+    theirs, ours = indexed.IndexedDataset(str(prefix)), Shard(prefix)
+    borders = ours.all_starts().tolist()
+    assert len(theirs) == ours.num_documents == record.documents
+    for number, (start, stop) in enumerate(pairwise(borders)):
+        assert theirs[number].tolist() == ours.tokens[start:stop].tolist()
+
+
+def test_prepared_shards_are_found_as_tokenized_files(prepared: Prepared) -> None:
+    found = find_token_files([f"{prepared.folder}/train-*.bin"], key="data.paths")
+    assert [path.name for path in found] == [s.name for s in prepared.manifest.train.shards]
