@@ -70,11 +70,12 @@ if __name__ == "__main__":
 
 def main() -> int:
     """Print both rates and their ratio."""
-    megabytes = float(sys.argv[1]) if len(sys.argv) > 1 else 8.0
+    megabytes = float(sys.argv[1]) if len(sys.argv) > 1 else 16.0
     with tempfile.TemporaryDirectory() as folder:
         source, tokenizer = Path(folder) / "text.jsonl", Path(folder) / "tokenizer.model"
         texts, size = [], 0
-        for document in read_documents(StdlibData(folder="unused")):
+        every = read_documents(StdlibData(folder="unused", include_tests=True))
+        for document in (document for document in every if document.text):
             texts.append(document.text.decode())
             size += document.num_bytes
             if size >= megabytes * 1e6:

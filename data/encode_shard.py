@@ -117,8 +117,7 @@ def encode_document(tokenizer: Tokenizer, document: Document) -> Ids:
 
 
 def encode_pieces(tokenizer: Tokenizer, text: str) -> Iterator[Tokens]:
-    """The text's ids in pieces; a very long text is tokenized so, or it would take a hundred times
-    its size in memory."""
+    """The text's ids in pieces; a very long text is tokenized so, to bound the memory it takes."""
     if len(text) <= LONGEST_PIECE:
         yield tokenizer.encode(text)
         return

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +32,9 @@ log = logging.getLogger(__name__)
 Example = dict[str, str | None]
 NOT_UTF8, NOT_JSON, NO_TEXT = "not_utf8", "not_json", "no_text"
 
+SHOWN = 20  # damaged documents that are logged; the report counts all
+_left_out = count()
+
 
 class DamagedDocument(ValueError):
     """One document cannot be read; the next one can."""
@@ -44,7 +48,8 @@ def leave_out(error: DamagedDocument, damaged: Damaged) -> Example:
     """What stands for a document that cannot be read; raises `error` where that is refused."""
     if damaged is Damaged.refuse:
         raise error
-    log.warning("left out: %s", error)
+    if next(_left_out) < SHOWN:
+        log.warning("left out: %s", error)
     return {"text": None, "left_out": error.reason}
 
 

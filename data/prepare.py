@@ -226,7 +226,7 @@ def _finish(config: DataConfig, folder: Path, shards: list[EncodedShard]) -> Man
         empty_documents=sum(shard.left_out.get(EMPTY, 0) for shard in shards),
         origin=record_file(folder / origin.FILE),
     )
-    write_report(folder, make_report(manifest, shards))
+    write_report(folder, make_report(manifest, shards, config.select))
     write_manifest(folder, manifest)
     clear_records(folder)
     return manifest

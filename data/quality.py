@@ -62,7 +62,7 @@ class QualityFilters:
     def find_fault(self, text: str) -> str | None:
         """Filter and rule that the text breaks first, such as `gopher_quality/short_doc`."""
         if self._filters and _WORD.search(text) is None:
-            return NO_WORDS  # most rules divide by the number of words
+            return f"{self._filters[0][0]}/{NO_WORDS}"  # most rules divide by the number of words
         document = Document(text=text, id="")
         for name, quality in self._filters:
             result = quality.filter(document)

@@ -11,15 +11,16 @@ from typing import Any
 from data.atomic_file import read_json, write_json
 from data.encode_shard import EncodedShard
 from data.manifest import Manifest, Split
+from data.select import EXACT, NEAR, SelectConfig
 
 FILE = "report.json"
 
-# In the order in which a document meets them; quality filters, `name/rule`, stand between them.
-READING = ("not_utf8", "not_json", "no_text", "empty")
-DUPLICATES = ("exact_duplicate", "near_duplicate")
+COLUMNS = ("documents", "tokens", "bytes/token", "tokens/word")
 
 
-def make_report(manifest: Manifest, shards: list[EncodedShard]) -> dict[str, Any]:
+def make_report(
+    manifest: Manifest, shards: list[EncodedShard], select: SelectConfig
+) -> dict[str, Any]:
     """The report of a corpus whose shards are finished."""
     left_out: Counter[str] = Counter()
     for shard in shards:
@@ -27,7 +28,7 @@ def make_report(manifest: Manifest, shards: list[EncodedShard]) -> dict[str, Any
     kept = manifest.train.documents + manifest.validation.documents
     return {
         "documents_in": kept + left_out.total(),
-        "stages": _list_stages(left_out, kept),
+        "stages": _list_stages(left_out, kept, select),
         "documents_kept": kept,
         "splits": {split: _describe_split(manifest, shards, split) for split in Split},
     }
@@ -52,14 +53,22 @@ def print_report(report: dict[str, Any]) -> str:
         lines.append(
             f"{stage['stage']:<20}{stage['in']:>14,}{dropped:>10,}{stage['kept']:>12,}  {why}"
         )
-    lines += ["", _row("split", "documents", "tokens", "bytes/token", "tokens/word")]
+    lines += ["", _row("split", *COLUMNS)]
     for split, about in report["splits"].items():
-        lines.append(describe_fertility(split, about))
+        lines.append(_describe_fertility(split, about))
     return "\n".join(line.rstrip() for line in lines)
 
 
-def describe_fertility(name: str, about: dict[str, Any]) -> str:
-    """A line of the table of splits, or of the sources of a mixture."""
+def print_sources(folders: dict[str, Path]) -> str:
+    """The training split of each prepared corpus, a line each."""
+    lines = [_row("source", *COLUMNS)]
+    for name, folder in folders.items():
+        if (report := read_report(folder)) is not None:
+            lines.append(_describe_fertility(name, report["splits"][Split.train]))
+    return "\n".join(lines)
+
+
+def _describe_fertility(name: str, about: dict[str, Any]) -> str:
     numbers = (about["documents"], about["tokens"])
     ratios = (about["bytes_per_token"], about["tokens_per_word"])
     return _row(
@@ -71,15 +80,15 @@ def _row(name: str, *columns: str) -> str:
     return f"{name:<20}" + "".join(f"{column:>14}" for column in columns)
 
 
-def _list_stages(left_out: Counter[str], kept: int) -> list[dict[str, Any]]:
-    """What each stage got, dropped and passed on; a stage that dropped nothing is left out, but for
-    the first."""
+def _list_stages(left_out: Counter[str], kept: int, select: SelectConfig) -> list[dict[str, Any]]:
+    """What each stage got, dropped and passed on, in the order in which a document meets them."""
     stages: dict[str, dict[str, int]] = {"read": {}}
-    filters = sorted(left_out.keys() - {*READING, *DUPLICATES})
-    for reason in (*READING, *filters, *DUPLICATES):
-        if left_out[reason]:
-            stage = "read" if reason in READING else reason.split("/")[0]
-            stages.setdefault(stage, {})[reason.split("/")[-1]] = left_out[reason]
+    stages |= {quality.name: {} for quality in select.filters}
+    stages |= {EXACT: {}} if select.exact_duplicates else {}
+    stages |= {NEAR: {}} if select.near_duplicates else {}
+    for reason, count in sorted(left_out.items()):
+        stage, _, rule = reason.partition("/")  # a filter's reason is `name/rule`
+        stages[stage if stage in stages else "read"][rule or stage] = count
     rows: list[dict[str, Any]] = []
     documents = kept + left_out.total()
     for stage, dropped in stages.items():

@@ -7,6 +7,9 @@ from enum import StrEnum
 from importlib.util import find_spec
 from typing import Any
 
+EXACT, NEAR = "exact_duplicate", "near_duplicate"
+"""Why a duplicate is left out."""
+
 
 class Filter(StrEnum):
     """A set of rules that a document must pass."""
@@ -48,10 +51,17 @@ class SelectConfig:
 
 
 def check_select(config: SelectConfig) -> None:
-    """Raises ValueError where a value is impossible, an option unknown or datatrove missing."""
+    """Raises ValueError where a value is impossible."""
     for key in ("ngram", "bands", "rows"):
         if getattr(config, key) < 1:
             raise ValueError(f"data.select.{key}={getattr(config, key)} must be at least 1")
+
+
+def check_can_select(config: SelectConfig) -> None:
+    """Raises ValueError where datatrove is missing or has no such option.
+
+    Only preparing needs this: a corpus that is ready is read without datatrove.
+    """
     if not (config.filters or config.near_duplicates):
         return
     if find_spec("datatrove") is None:

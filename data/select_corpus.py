@@ -23,10 +23,8 @@ from data.document import Document
 from data.encode_shard import RECORDS
 from data.examine_shard import ExaminedShard, ShardExaminer
 from data.progress import Advance
-from data.select import SelectConfig
+from data.select import EXACT, NEAR, SelectConfig, check_can_select
 from data.shard_pool import cut_shards, work_on_shards
-
-EXACT, NEAR = "exact_duplicate", "near_duplicate"
 
 Flags = npt.NDArray[np.bool_]
 Codes = npt.NDArray[np.uint16]
@@ -76,6 +74,7 @@ def select_documents(config: DataConfig, *, folder: Path, advance: Advance) -> S
     if path.is_file():
         with np.load(path) as kept:
             return Selection(kept["reasons"].tolist(), kept["codes"], kept["shards"].tolist())
+    check_can_select(config.select)
     shards = work_on_shards(
         cut_shards(read_documents(config), config.shard_bytes),
         partial(ShardExaminer, folder, config.select),

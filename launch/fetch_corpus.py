@@ -22,7 +22,7 @@ from pathlib import Path
 from data.atomic_file import write_aside
 from data.config import FilesData
 from data.prepare import prepare
-from data.report import describe_fertility, read_report
+from data.report import print_sources
 from data.tokenizer import TokenizerConfig
 from data.train_tokenizer import sample_passages, train_tokenizer
 
@@ -136,11 +136,7 @@ def main() -> int:
                 validation_fraction=0.03,
             )
         )
-    print(f"{'':<20}{'documents':>14}{'tokens':>14}{'bytes/token':>14}{'tokens/word':>14}")
-    for name in texts:
-        report = read_report(FOLDER / name)
-        assert report is not None
-        print(describe_fertility(name, report["splits"]["train"]))
+    print(print_sources({name: FOLDER / name for name in texts}))
     return 0
 
 

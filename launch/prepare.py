@@ -3,8 +3,9 @@
 import logging
 import sys
 
+from data.config import MixtureData, find_folder
 from data.prepare import prepare
-from data.report import print_report, read_report
+from data.report import print_report, print_sources, read_report
 from launch.compose import Job, run_jobs, to_config, worst
 from launch.config import LaunchedRun, check_launched
 from train.outcome import ExitCode
@@ -21,7 +22,9 @@ def prepare_job(job: Job) -> ExitCode:
     config = to_config(job.values, LaunchedRun)
     check_launched(config)
     prepared = prepare(config.data)
-    if (report := read_report(prepared.folder)) is not None:
+    if isinstance(config.data, MixtureData):
+        print(print_sources({one.name: find_folder(one) for one in config.data.sources}))
+    elif (report := read_report(prepared.folder)) is not None:
         print(print_report(report))
     return ExitCode.FINISHED
 

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from data.config import Damaged, FilesData
 from data.document import Document
-from data.encode_shard import RECORDS
+from data.encode_shard import RECORDS, EncodedShard
 from data.examine_shard import ShardExaminer
-from data.manifest import Split
+from data.manifest import FileRecord, Manifest, Split, SplitRecord, TokenizerRecord
 from data.minhash import MinHash
 from data.prepare import prepare
-from data.report import print_report, read_report
-from data.select import Filter, FilterConfig, SelectConfig, check_select
+from data.report import make_report, print_report, read_report
+from data.select import Filter, FilterConfig, SelectConfig, check_can_select, check_select
 from data.select_corpus import compare, find_repeated
 from data.tokenizer import TokenizerConfig
 from tests.data.test_prepare import decode_split, read_folder
@@ -31,6 +31,9 @@ SYLLABLES = [
 ]
 VOCABULARY = [first + last for first in SYLLABLES for last in SYLLABLES]
 PROSE = "the cat and the dog have to be in a house that is with trees of a green colour "
+
+
+NONE = FileRecord("", 0, "")
 
 
 def examine(folder: Path, config: SelectConfig, texts: list[str], *, shard: int = 7) -> list[str]:
@@ -73,8 +76,9 @@ def test_each_document_has_the_first_reason_that_applies(tmp_path: Path) -> None
         exact_duplicates=True,
         near_duplicates=True,
     )
+    no_words = "gopher_quality/no_words"
     short, exact, near = "gopher_quality/short_doc", "exact_duplicate", "near_duplicate"
-    expected = ["empty", "", short, "", exact, near, "no_words", short, near]
+    expected = ["empty", "", short, "", exact, near, no_words, short, near]
     assert examine(tmp_path, config, texts) == expected
 
 
@@ -155,15 +159,56 @@ def test_hashes_of_a_long_text_are_those_of_its_parts_together(
     ],
 )
 def test_impossible_settings_are_refused(config: SelectConfig, complaint: str) -> None:
+    check = check_can_select if config.filters else check_select
     with pytest.raises(ValueError, match=complaint):
-        check_select(config)
+        check(config)
 
 
 def test_without_datatrove_the_way_to_install_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.select.find_spec", lambda name: None)
-    check_select(SelectConfig(exact_duplicates=True))
+    check_can_select(SelectConfig(exact_duplicates=True))
     with pytest.raises(ValueError, match=r"need datatrove.*pip install 'thrifty\[select\]'"):
-        check_select(SelectConfig(near_duplicates=True))
+        check_can_select(SelectConfig(near_duplicates=True))
+
+
+def test_stages_are_reported_in_their_order_also_where_they_drop_nothing() -> None:
+    split = SplitRecord(
+        documents=2,
+        tokens=9,
+        prompt_tokens=0,
+        text_bytes=9,
+        unigram=NONE,
+        index=None,
+        prompts=None,
+        shards=[],
+    )
+    manifest = Manifest(
+        tokenizer=TokenizerRecord(file=NONE, size=9, bos_id=0, eos_id=1, pad_id=2, fim=None),
+        train=split,
+        validation=split,
+        empty_documents=1,
+        origin=NONE,
+    )
+    left_out = {"empty": 1, "gopher_quality/short_doc": 5, "gopher_repetition/other": 2}
+    shard = EncodedShard(
+        text_sha256="",
+        left_out=left_out,
+        words=dict.fromkeys(Split, 5),
+        whole_bytes=dict.fromkeys(Split, 10),
+        train=None,
+        validation=None,
+    )
+    names = (Filter.gopher_repetition, Filter.gopher_quality)
+    config = SelectConfig(filters=[FilterConfig(name=name) for name in names], near_duplicates=True)
+    report = make_report(manifest, [shard, shard], config)
+    assert [(stage["stage"], stage["in"], stage["kept"]) for stage in report["stages"]] == [
+        ("read", 20, 18),
+        ("gopher_repetition", 18, 14),
+        ("gopher_quality", 14, 4),
+        ("near_duplicate", 4, 4),
+    ]
+    assert report["splits"]["train"]["bytes_per_token"] == 20 / (9 - 2 * 2)
+    assert report["splits"]["train"]["tokens_per_word"] == (9 - 2 * 2) / 10
 
 
 def write_corpus(path: Path, tokenizer: Path, *, more: int = 0) -> FilesData:

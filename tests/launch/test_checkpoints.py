@@ -1,6 +1,7 @@
 """`thrifty checkpoints ACTION`, on a small run's folder."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +109,16 @@ def test_the_average_is_the_mean_and_can_be_evaluated(run: RunConfig, tmp_path: 
     torch.testing.assert_close(got, torch.stack(parts).mean(0))
     assert evaluate_run(EvaluateConfig(run_dir=str(out), max_sequences=4)).loss > 0
     assert checkpoints("average", *settings) == ExitCode.MISTAKE, "out holds a run now"
+
+
+def test_a_run_is_judged_by_another_corpus_if_asked(run: RunConfig, tmp_path: Path) -> None:
+    own = EvaluateConfig(run_dir=run.run_dir, max_sequences=4)
+    expected = evaluate_run(own)
+    shutil.copytree(run.data.folder, tmp_path / "other")
+    (Path(run.data.folder) / "manifest.json").unlink()
+    assert evaluate_run(replace(own, corpus=str(tmp_path / "other"))) == expected
+    with pytest.raises(ValueError, match="holds no finished corpus"):
+        evaluate_run(own)
 
 
 def test_a_step_without_checkpoint_is_a_mistake(
