@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from typing import Any
 
 from launch.node_ranks import module_environment
@@ -17,9 +18,12 @@ def ask_here(module: str, text: str, *, seconds: float) -> dict[str, Any]:
 def ask(command: list[str], text: str, *, seconds: float) -> dict[str, Any]:
     """The command's last line of JSON, fed with `text`; {"problem": why} where it gives none.
 
+    `asked` and `answered` in it are this machine's clock before and after.
+
     Raises:
         OSError: The command can't be started.
     """
+    asked = time.time()
     try:
         done = subprocess.run(  # noqa: S603 (a list, no shell)
             command,
@@ -39,6 +43,6 @@ def ask(command: list[str], text: str, *, seconds: float) -> dict[str, Any]:
     except ValueError:
         answer = None
     if isinstance(answer, dict):
-        return answer
+        return {**answer, "asked": asked, "answered": time.time()}
     words = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
     return {"problem": words.splitlines()[-1]}

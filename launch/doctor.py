@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import sys
-import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
@@ -64,7 +63,6 @@ def examine(config: LaunchedRun) -> Findings:
         "nonce": nonce,
     }
     port = getattr(launch, "port", None)
-    before = time.time()
     # The first node's address is what ssh reached it by; the others look for their way to that.
     first = ask("launch.probe", [{**common, "first": "", "port": port, "node": 0}], hosts[:1])
     address = str((first[0].get("interface") or {}).get("address") or "")
@@ -72,12 +70,10 @@ def examine(config: LaunchedRun) -> Findings:
         {**common, "first": address, "port": None, "node": node} for node in range(1, len(hosts))
     ]
     facts = [*first, *(ask("launch.probe", asked, hosts[1:]) if asked else [])]
-    clock = (before, time.time())
     try:
         good = _judge_reach(findings, hosts, facts)
         for check in CHECKS:
             check(findings, config, good)
-        _judge_clocks(findings, config, good, clock)
         if len(good) == len(hosts):
             _judge_network(findings, config, ask, common, address, good)
     finally:
@@ -232,13 +228,11 @@ def _judge_addresses(findings: Findings, config: LaunchedRun, good: dict[str, Fa
             )
 
 
-def _judge_clocks(
-    findings: Findings, config: LaunchedRun, good: dict[str, Facts], clock: tuple[float, float]
-) -> None:
-    """A node's clock must lie between this one's before and after the question."""
+def _judge_clocks(findings: Findings, config: LaunchedRun, good: dict[str, Facts]) -> None:
+    """A node's clock must lie between this one's before and after the node was asked."""
     allowed = config.launch.doctor.max_clock_skew_seconds
     for host, known in good.items():
-        skew = max(clock[0] - known["time"], known["time"] - clock[1], 0.0)
+        skew = max(known["asked"] - known["time"], known["time"] - known["answered"], 0.0)
         problem = f"off by {skew:.1f} s" if skew > allowed else ""
         way_out = "set its clock (chrony, ntp), or raise launch.doctor.max_clock_skew_seconds"
         findings.add("clock", host, problem, "agrees", way_out)
@@ -288,7 +282,7 @@ def _judge_network(
         findings.notes += list_rates(rates, hosts)
 
 
-CHECKS = (_judge_versions, judge_devices, _judge_room, _judge_addresses)
+CHECKS = (_judge_versions, judge_devices, _judge_room, _judge_addresses, _judge_clocks)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from launch.config import (
     SlurmLaunch,
     SshLaunch,
 )
-from launch.interface import address_towards
+from launch.interface import address_of, address_towards
 from launch.job_commands import (
     mpirun_command,
     pdsh_command,
@@ -112,7 +112,7 @@ class JobStarter:
     def find_ready(self) -> list[Ready]:
         match self.launch:
             case SlurmLaunch():
-                return _find_allocated()
+                return _find_allocated(self.launch)
             case HostsLaunch() as launch:
                 hosts = launch.list_hosts()
                 address = hosts[0].name.rpartition("@")[2]
@@ -235,8 +235,12 @@ def _open(command: list[str], environment: dict[str, str], *, stdin: int) -> sub
     )
 
 
-def _find_allocated() -> list[Ready]:
-    """The nodes of the job that this process is in; it runs on the first of them."""
+def _find_allocated(launch: SlurmLaunch) -> list[Ready]:
+    """The nodes of the job that this process is in; it runs on the first of them.
+
+    Raises:
+        OSError: This node has no such interface, or no way to the others.
+    """
     listing = subprocess.run(  # noqa: S603 (a list, no shell)
         ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],  # noqa: S607
         capture_output=True,
@@ -245,5 +249,11 @@ def _find_allocated() -> list[Ready]:
     )
     hosts = listing.stdout.split()
     # Its own name may resolve to a loopback address here; the way to a neighbour tells better.
-    address = address_towards(hosts[1]) if len(hosts) > 1 else LOOPBACK
+    address: str | None = LOOPBACK
+    if launch.interface is not None:
+        address = address_of(launch.interface)
+    elif len(hosts) > 1:
+        address = address_towards(hosts[1])
+    if address is None:
+        raise OSError(f"launch.interface={launch.interface}: {hosts[0]} has no such interface")
     return [Ready(host, address, free_port("")) for host in hosts]

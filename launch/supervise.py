@@ -90,7 +90,7 @@ class Supervisor:
         try:
             failure = watch.until_over(lambda: self.is_stopping)
         finally:
-            end_all(links)
+            end_all(links, self.rules)
         outcome = read_outcome(self.run_dir)
         stall = read_explanation(self.run_dir, attempt=number)
         if outcome is not None and outcome.status is not Status.failed:

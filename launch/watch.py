@@ -148,12 +148,13 @@ class Watch:
             self.timeline.note("training", text, attempt=self.attempt)
 
 
-def end_all(links: list[Link]) -> None:
+def end_all(links: list[Link], rules: SupervisionConfig) -> None:
     """No process of the start is left, as far as its nodes can be reached."""
     for link in links:
         link.say("kill")
+    heard = [link for link in links if not link.find_silent(rules.lost_after_seconds)]
     deadline = time.monotonic() + END_SECONDS
-    while time.monotonic() < deadline and any(link.process.poll() is None for link in links):
+    while time.monotonic() < deadline and any(link.process.poll() is None for link in heard):
         time.sleep(POLL_SECONDS)
     for link in links:
         link.end()

@@ -17,8 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+import psutil
+
 TOOLS = ("ip", "tc", "bridge", "unshare", "nsenter", "ssh", "ssh-keygen", "/usr/sbin/sshd")
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+TRIAL = "thrifty-trial"
 SECONDS = 60.0  # a safety net: a host is up in one
 
 INIT = """\
@@ -70,12 +73,9 @@ def missing_tools() -> list[str]:
     if os.geteuid() != 0:
         return ["root", *missing]
     if not missing:  # in a container even root may lack the right
-        trial = ["unshare", "--mount", "--uts", "--ipc", "--net", "--pid", "--fork", "--"]
-        done = subprocess.run(
-            [*trial, "sh", "-c", "mount -t proc proc /proc && mount -t tmpfs trial /run"],
-            capture_output=True,
-            check=False,
-        )
+        trial = f"ip netns add {TRIAL} && ip netns del {TRIAL} && exec unshare --mount --uts --ipc "
+        trial += "--net --pid --fork sh -c 'mount -t proc proc /proc && mount -t tmpfs trial /run'"
+        done = subprocess.run(["sh", "-c", trial], capture_output=True, check=False)
         missing += ["the right to make namespaces"] * (done.returncode != 0)
     return missing
 
@@ -176,10 +176,12 @@ class Hosts:
 
     def kill_all(self, name: str) -> None:
         """Kill every process of a host but its first one and its sshd: it goes on answering."""
-        for pid in set(self.pids(name)) - {self._processes[name].pid, self._pids[name]}:
-            with suppress(OSError):
-                if b"sshd_config" not in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    os.kill(pid, signal.SIGKILL)
+        first = self._pids[name]
+        for pid in set(self.pids(name)) - {self._processes[name].pid, first}:
+            with suppress(psutil.Error):
+                process = psutil.Process(pid)
+                if (process.name(), process.ppid()) != ("sshd", first):
+                    process.kill()
 
     def slow(self, name: str, rate: str) -> None:
         """Limit a host's link to a rate, both ways, until `hasten`."""

@@ -43,6 +43,7 @@ def test_two_nodes_with_experts_across_them_train_what_one_machine_trains(
 ) -> None:
     run_dir = tmp_path / "run"
     given = [*settings, *TWO_NODES, f"run_dir={run_dir}", "launch.hosts=[th1,th2]"]
+    given += ["launch.supervision.lost_after_seconds=120", "watchdog.min_seconds=120"]
     code, output = finish(start(hosts, "launch", *given))
     assert code == 0, output
     assert read_losses(run_dir) == undisturbed
@@ -149,7 +150,7 @@ def test_without_a_spare_the_run_goes_on_with_fewer_nodes(
 ) -> None:
     alike = tmp_path / "undisturbed"  # in the layout that this run begins with: EP 1
     code, output = thrifty(
-        *("train", *settings, f"run_dir={alike}", "launch.processes=2"), cwd=tmp_path, seconds=300
+        *("train", *settings, f"run_dir={alike}", "launch.processes=2"), cwd=tmp_path
     )
     assert code == 0, output
     undisturbed = read_losses(alike)
