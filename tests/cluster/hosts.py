@@ -37,7 +37,7 @@ for folder in $PRIVATE; do mkdir -p "$folder"; mount -t tmpfs private "$folder";
 /usr/sbin/sshd -D -e -f "$FOLDER/$NAME/sshd_config" &
 touch "$FOLDER/$NAME/ready"
 trap 'exit 0' TERM
-while :; do sleep 3600 & wait $!; done
+while :; do sleep 3600 & wait $! || true; done
 """
 
 SSH_CONFIG = """\
