@@ -34,8 +34,10 @@ def choose_all(
     choices = [choose_fp8(device)] if is_fp8 else []
     if has_experts and not is_fp8:
         choices.append(choose_experts(device, dtype))
+    is_short = device.type == "cuda" and dtype.itemsize == 2
+    inside = "varlen_attn" if is_short else "once for each of their lengths"
     choices += [
-        Choice("attention", Backend.torch, "scaled_dot_product_attention picks its own kernel"),
+        Choice("attention", Backend.torch, f"scaled_dot_product_attention; in documents {inside}"),
         Choice("loss", Backend.reference, "in slices; linear_cross_entropy: python -m bench.loss"),
     ]
     if has_experts:

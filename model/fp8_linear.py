@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.e5m6 import dequantise_e5m6, quantise_e5m6
-from model.fp8 import Quantised, Scale, dequantise_tiles, quantise_blocks
+from model.fp8 import Quantised, Scale, dequantise_tiles
 from model.fp8_operations import operations_on
 
 
@@ -42,7 +42,7 @@ class _Linear(torch.autograd.Function):
         tiles = do.quantise_tiles(x, scale)
         ctx.save_for_backward(*(quantise_e5m6(x) if kept is Kept.e5m6 else tiles), weight)
         ctx.kept = kept
-        blocks = quantise_blocks(weight[None])
+        blocks = do.quantise_blocks(weight[None])
         return do.grouped_multiply(tiles, blocks, counts=[len(x)], dtype=x.dtype)
 
     @staticmethod
@@ -55,7 +55,7 @@ class _Linear(torch.autograd.Function):
         if needs_x:
             grad_x = do.grouped_multiply_transposed(
                 do.quantise_tiles(grad),
-                quantise_blocks(weight[None]),
+                do.quantise_blocks(weight[None]),
                 counts=counts,
                 dtype=grad.dtype,
             )

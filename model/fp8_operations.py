@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from model.backends import Backend, choose_fp8
-from model.fp8 import Quantised, quantise_tiles
+from model.fp8 import Quantised, dequantise_tiles, quantise_blocks, quantise_tiles
 from model.fp8_product import grouped_multiply, grouped_multiply_transposed, grouped_outer
 
 
@@ -21,7 +21,9 @@ class Operations(NamedTuple):
     """Each as the function of that name in `model/fp8.py`, `model/fp8_product.py` or here."""
 
     quantise_tiles: Callable[..., Quantised]
+    quantise_blocks: Callable[..., Quantised]
     swiglu_into_tiles: Callable[..., Quantised]
+    swiglu_backward: "Callable[..., SwiGLUGradients]"
     grouped_multiply: Callable[..., Tensor]
     grouped_multiply_transposed: Callable[..., Tensor]
     grouped_outer: Callable[..., Tensor]
@@ -32,9 +34,28 @@ def swiglu_into_tiles(gated: Float[Tensor, "M F"], upped: Float[Tensor, "M F"]) 
     return quantise_tiles(F.silu(gated.float()) * upped.float())
 
 
+class SwiGLUGradients(NamedTuple):
+    inner: Float[Tensor, "M F"]  # the result, computed again
+    d_gated: Float[Tensor, "M F"]
+    d_upped: Float[Tensor, "M F"]
+
+
+def swiglu_backward(
+    d_inner: Float[Tensor, "M F"], gated: Quantised, upped: Quantised, *, dtype: torch.dtype
+) -> SwiGLUGradients:
+    """SwiGLU's result and gradients in that dtype, from its inputs' tiles."""
+    gate, up = dequantise_tiles(gated), dequantise_tiles(upped)
+    activated, d_inner = F.silu(gate), d_inner.float()
+    d_gated = torch.ops.aten.silu_backward(d_inner * up, gate)
+    of_dtype = (part.to(dtype) for part in (activated * up, d_gated, d_inner * activated))
+    return SwiGLUGradients(*of_dtype)
+
+
 REFERENCE = Operations(
     quantise_tiles,
+    quantise_blocks,
     swiglu_into_tiles,
+    swiglu_backward,
     grouped_multiply,
     grouped_multiply_transposed,
     grouped_outer,
@@ -53,12 +74,14 @@ def triton_operations() -> Operations:
     """The kernels'; imported only here, since triton need not be installed."""
     from model.kernels.grouped import grouped_multiply, grouped_multiply_transposed
     from model.kernels.grouped_outer import grouped_outer
-    from model.kernels.quantise import quantise_tiles
-    from model.kernels.swiglu import swiglu_into_tiles
+    from model.kernels.quantise import quantise_blocks, quantise_tiles
+    from model.kernels.swiglu import swiglu_backward, swiglu_into_tiles
 
     return Operations(
         quantise_tiles,
+        quantise_blocks,
         swiglu_into_tiles,
+        swiglu_backward,
         grouped_multiply,
         grouped_multiply_transposed,
         grouped_outer,

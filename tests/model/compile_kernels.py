@@ -27,6 +27,25 @@ KERNELS: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
         {"ROWS": 16, "TILE": 128, "POWER_OF_TWO": True},
     ),
     (
+        quantise._quantise_block,
+        {"weight_ptr": "*bf16", **INTO_TILES},
+        {"TILE": 128, "POWER_OF_TWO": False},
+    ),
+    (
+        swiglu._swiglu_backward,
+        {
+            "d_inner_ptr": "*bf16",
+            "gated_ptr": "*fp8e4nv",
+            "gated_scales_ptr": "*fp32",
+            "upped_ptr": "*fp8e4nv",
+            "upped_scales_ptr": "*fp32",
+            "inner_ptr": "*bf16",
+            "d_gated_ptr": "*bf16",
+            "d_upped_ptr": "*bf16",
+        },
+        {"ROWS": 16, "TILE": 128},
+    ),
+    (
         swiglu._swiglu,
         {"gated_ptr": "*bf16", "upped_ptr": "*bf16", **INTO_TILES},
         {"ROWS": 16, "TILE": 128},

@@ -6,9 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import offload
+from model import fp8_swiglu, offload
 from model.attention import attend
+from model.backends import Backend, choose_fp8
 from model.cache import Cache
+from model.fp8_operations import REFERENCE
+from model.fp8_swiglu import grouped_swiglu_in_fp8
 from model.grouped import grouped_swiglu
 from model.init import initialise
 from model.loss import IGNORED, summed_cross_entropy
@@ -158,6 +161,28 @@ def test_grouped_experts_in_bf16_equal_the_cpus_also_without_rows(counts: list[i
         assert ours.grad is not None
         assert theirs.grad is not None
         assert_near(theirs.grad, ours.grad.float(), 2e-2)
+
+
+@pytest.mark.parametrize("counts", [[1024] * 4, [4001, 0, 1, 94]])
+def test_experts_in_fp8_equal_their_reference_at_v2_lites_widths(
+    counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if choose_fp8(torch.device("cuda")).backend is Backend.reference:
+        pytest.skip("no FP8 kernels here")
+    shapes = [(4096, 2048), (4, 1408, 2048), (4, 1408, 2048), (4, 2048, 1408)]
+    inputs = [torch.randn(one, device="cuda").div(one[-1] ** 0.5).bfloat16() for one in shapes]
+    inputs[0] *= 2048**0.5
+    inputs = [one.requires_grad_() for one in inputs]
+    upstream = torch.randn_like(inputs[0])
+
+    def results() -> list[torch.Tensor]:
+        outputs = grouped_swiglu_in_fp8(*inputs, counts=counts)
+        return [outputs, *torch.autograd.grad(outputs, inputs, upstream)]
+
+    got = results()
+    monkeypatch.setattr(fp8_swiglu, "operations_on", lambda _: REFERENCE)
+    for one, expected in zip(got, results(), strict=True):
+        assert (one - expected).float().norm() <= 1e-2 * expected.float().norm()
 
 
 def test_the_loss_in_slices_equals_cross_entropy() -> None:
