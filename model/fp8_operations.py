@@ -17,13 +17,19 @@ from model.fp8 import Quantised, dequantise_tiles, quantise_blocks, quantise_til
 from model.fp8_product import grouped_multiply, grouped_multiply_transposed, grouped_outer
 
 
+class SwiGLUGradients(NamedTuple):
+    inner: Float[Tensor, "M F"]  # the result, computed again
+    d_gated: Float[Tensor, "M F"]
+    d_upped: Float[Tensor, "M F"]
+
+
 class Operations(NamedTuple):
     """Each as the function of that name in `model/fp8.py`, `model/fp8_product.py` or here."""
 
     quantise_tiles: Callable[..., Quantised]
     quantise_blocks: Callable[..., Quantised]
     swiglu_into_tiles: Callable[..., Quantised]
-    swiglu_backward: "Callable[..., SwiGLUGradients]"
+    swiglu_backward: Callable[..., SwiGLUGradients]
     grouped_multiply: Callable[..., Tensor]
     grouped_multiply_transposed: Callable[..., Tensor]
     grouped_outer: Callable[..., Tensor]
@@ -32,12 +38,6 @@ class Operations(NamedTuple):
 def swiglu_into_tiles(gated: Float[Tensor, "M F"], upped: Float[Tensor, "M F"]) -> Quantised:
     """SwiGLU's result in E4M3 tiles, rounded but once."""
     return quantise_tiles(F.silu(gated.float()) * upped.float())
-
-
-class SwiGLUGradients(NamedTuple):
-    inner: Float[Tensor, "M F"]  # the result, computed again
-    d_gated: Float[Tensor, "M F"]
-    d_upped: Float[Tensor, "M F"]
 
 
 def swiglu_backward(

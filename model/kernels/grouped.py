@@ -4,6 +4,7 @@ M rows sorted by expert, E experts, K the summed width, N columns. A program mak
 expert's rows; an expert without rows has none, and a block's end may lie behind the run's.
 """
 
+from functools import lru_cache
 from typing import NamedTuple, no_type_check
 
 import torch
@@ -24,7 +25,8 @@ class Runs(NamedTuple):
     num_blocks: int
 
 
-def lay_runs(counts: list[int], *, device: torch.device) -> Runs:
+@lru_cache(maxsize=4)  # a layer's products, one after another, ask for the same
+def lay_runs(counts: tuple[int, ...], device: torch.device) -> Runs:
     """The blocks of rows for experts with so many rows each; one small copy to the device."""
     blocks, start = [], 0
     for expert, count in enumerate(counts):
@@ -43,7 +45,7 @@ def grouped_multiply(
     rows, row_scales = (part.contiguous() for part in tiles)
     weights, weight_scales = blocks
     outputs = torch.empty(len(rows), weights.shape[1], dtype=dtype, device=rows.device)
-    runs = lay_runs(counts, device=rows.device)
+    runs = lay_runs(tuple(counts), rows.device)
     if not runs.num_blocks:
         return outputs
     _grouped[(runs.num_blocks, triton.cdiv(outputs.shape[1], BLOCK_COLUMNS))](

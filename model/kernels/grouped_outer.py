@@ -4,6 +4,7 @@ M rows sorted by expert, E experts, N and K the widths of y and x. Rows are what
 tiles are of 128 rows; they are quantised on the way, and never written.
 """
 
+from functools import lru_cache
 from typing import no_type_check
 
 import torch
@@ -21,7 +22,6 @@ def grouped_outer(
     y: Tensor, x: Tensor, *, counts: list[int], dtype: torch.dtype, scale: Scale = Scale.exact
 ) -> Tensor:
     """As `model.fp8_product.grouped_outer`: [E, N, K] of y [M, N] and x [M, K]."""
-    ends = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     num_columns, width = y.shape[1], x.shape[1]
     total = torch.empty(len(counts), num_columns, width, dtype=dtype, device=y.device)
     grid = (triton.cdiv(num_columns, BLOCK), triton.cdiv(width, BLOCK), len(counts))
@@ -29,7 +29,7 @@ def grouped_outer(
         y,
         x,
         total,
-        ends.to(y.device, non_blocking=True),
+        find_ends(tuple(counts), y.device),
         num_columns,
         width,
         *y.stride(),
@@ -40,6 +40,13 @@ def grouped_outer(
         num_warps=8,
     )
     return total
+
+
+@lru_cache(maxsize=4)  # a layer's three gradients ask for the same
+def find_ends(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each expert's rows begin, and the last one's end."""
+    ends = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return ends.to(device, non_blocking=True)
 
 
 @triton.jit
