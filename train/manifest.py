@@ -20,6 +20,10 @@ from data.atomic_file import read_json, write_json
 FORMAT = 2
 READABLE = (1, 2)  # format 1 has no hash of itself, no parent, and no hashes of headers
 MANIFEST_FILE = "manifest.json"
+UNREADABLE = (
+    *(OSError, KeyError, TypeError, AttributeError),
+    *(UnicodeDecodeError, json.JSONDecodeError),
+)
 
 
 class Fragment(NamedTuple):
@@ -139,7 +143,8 @@ def read_manifest(folder: Path) -> Manifest:
         if values["format"] not in READABLE:
             known = " and ".join(map(str, READABLE))
             raise ValueError(f"{path} has format {values['format']}, this version reads {known}")
-        if values["format"] > 1 and values["hash"] != _hash_values(values):
+        has_hash = values["format"] > 1 or "hash" in values
+        if has_hash and values["hash"] != _hash_values(values):
             raise ValueError(f"{path} has been edited or damaged since it was written")
         values["tensors"] = {
             name: StoredTensor(tuple(shape), dtype, [Piece(*piece) for piece in pieces])
@@ -152,7 +157,7 @@ def read_manifest(folder: Path) -> Manifest:
         if values.get("evaluation") is not None:
             values["evaluation"] = Measured(*values["evaluation"])
         return Manifest(**values)
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path} is no manifest of a checkpoint: {error!r}") from error
 
 

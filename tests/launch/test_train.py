@@ -124,3 +124,29 @@ def test_a_sweep_compares_its_runs_and_survives_one_that_is_refused(
     for key in ("parameters_active", "tokens_per_second", "memory_bytes", "validation_loss"):
         assert small[key] > 0
     assert "refused" in output
+
+
+@pytest.mark.slow
+def test_state_that_is_missing_or_surplus_passes_only_if_it_is_named(
+    smoke: list[str], tmp_path: Path
+) -> None:
+    """AdamW's run goes on with Muon: the command refuses twice and says what to name."""
+
+    def train(*settings: str) -> tuple[int, str]:
+        return thrifty("train", *smoke, "run_dir=run", *settings, cwd=tmp_path)
+
+    assert train("schedule.steps=2")[0] == 0
+    changed = ["optimizer=muon", "schedule.steps=3"]
+    code, output = train(*changed)
+    assert code == 2, output
+    assert "checkpoint.allow_missing=[momentum/*]" in output
+    changed.append("checkpoint.allow_missing=[momentum/*]")
+    code, output = train(*changed)
+    assert code == 2, output
+    assert "has exp_avg/" in output
+    assert "name it in checkpoint.allow_surplus" in output
+    changed.append("checkpoint.allow_surplus=[exp_avg*/*]")
+    code, output = train(*changed)
+    assert code == 0, output
+    assert "the checkpoint of step 2 lacks momentum/" in output
+    assert num_steps(tmp_path / "run") == 3

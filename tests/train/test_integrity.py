@@ -43,9 +43,9 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
     return two_checkpoints(tmp_path / "run")
 
 
-def flip(path: Path, place: int) -> None:
+def flip(path: Path, place: int, *, bit: int = 0) -> None:
     data = bytearray(path.read_bytes())
-    data[place] ^= 1
+    data[place] ^= 1 << bit
     path.write_bytes(data)
 
 
@@ -83,6 +83,18 @@ def test_a_damaged_file_of_any_kind_is_named_in_either_mode(
     assert "going back to the checkpoint before it" in caplog.text
 
 
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("bit", [0, 7])
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9, 1.0])
+def test_one_bit_that_flips_anywhere_in_any_file_is_found(
+    checkpoints: Checkpoints, caplog: pytest.LogCaptureFixture, file: str, share: float, bit: int
+) -> None:
+    path = checkpoints.path(2) / file
+    flip(path, int(share * (path.stat().st_size - 1)), bit=bit)
+    assert newest(checkpoints, FULL) == 1
+    assert file in caplog.text
+
+
 @pytest.mark.parametrize("file", FILES[:2])
 def test_only_the_full_mode_reads_every_byte(checkpoints: Checkpoints, file: str) -> None:
     flip(checkpoints.path(2) / file, -100)
@@ -114,11 +126,15 @@ def test_a_stray_tensor_file_is_named(checkpoints: Checkpoints) -> None:
         verify_files(checkpoints.path(2), read_manifest(checkpoints.path(2)))
 
 
-@pytest.mark.parametrize("key", ["step", "tokens", "config", "files", "parent", "progress"])
+@pytest.mark.parametrize(
+    "key", ["step", "tokens", "config", "files", "parent", "progress", "format"]
+)
 def test_an_edited_manifest_is_refused(checkpoints: Checkpoints, key: str) -> None:
     path = checkpoints.path(2) / MANIFEST_FILE
     values = json.loads(path.read_text())
     values[key] = {"edited": 1} if isinstance(values[key], dict) else 77
+    if key == "format":
+        values[key] = 1  # which had no hash
     path.write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"manifest.json (has been edited or damaged|is no)"):
         read_manifest(checkpoints.path(2))
