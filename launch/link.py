@@ -122,20 +122,14 @@ class JobLink(Link):
         events: "Queue[Event]",
         hear: Hear,
         *,
-        signal_ranks: Callable[[str], None] | None = None,  # null: the process passes signals on
+        signal_ranks: Callable[[str], None],
     ) -> None:
         self.signal_ranks = signal_ranks
         super().__init__(hosts, process, events, hear)
 
     def say(self, word: str) -> None:
-        if word == "alive":
-            return
-        if self.signal_ranks is not None:
+        if word != "alive":
             self.signal_ranks(word)
-        if word == "kill":
-            self.process.kill()
-        elif self.signal_ranks is None:
-            self.process.terminate()
 
 
 def split_line(line: str) -> tuple[str, dict[str, Any] | None]:

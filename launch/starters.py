@@ -133,9 +133,10 @@ class JobStarter:
             extra = pdsh_environment(attempt.run_dir)
         extra |= {"MASTER_ADDR": first.address, "MASTER_PORT": str(first.port)}
         process = _open(command, job_environment(attempt) | extra, stdin=subprocess.DEVNULL)
-        signal_ranks = None
         if isinstance(self.launch, HostsLaunch):
-            signal_ranks = partial(_signal_ranks, self.launch, attempt)
+            signal_ranks = partial(_signal_nodes, self.launch, attempt, process)
+        else:
+            signal_ranks = partial(_signal_step, process)
         hosts = [node.host for node in attempt.nodes]
         return [JobLink(hosts, process, events, hear, signal_ranks=signal_ranks)]
 
@@ -202,11 +203,24 @@ def job_environment(attempt: Attempt) -> dict[str, str]:
     return environment
 
 
-def _signal_ranks(launch: HostsLaunch, attempt: Attempt, word: str) -> None:
+def _signal_nodes(
+    launch: HostsLaunch, attempt: Attempt, process: subprocess.Popen[str], word: str
+) -> None:
     """`stop` or `kill` for an attempt's ranks, on every node that can be reached."""
     hosts = [node.host for node in attempt.nodes]
     arguments = [str(attempt.run_dir), attempt.run_id, word]
     ask_all(launch, hosts, "launch.signal_ranks", arguments, seconds=SIGNAL_SECONDS)
+    if word == "kill":
+        process.kill()
+
+
+def _signal_step(process: subprocess.Popen[str], word: str) -> None:
+    """The same by Slurm. SIGTERM makes srun kill its ranks at once; scancel's lets them save."""
+    if word == "kill":
+        process.terminate()
+    else:
+        command = ["scancel", "--signal=TERM", os.environ["SLURM_JOB_ID"]]  # to all but this script
+        subprocess.run(command, check=False)  # noqa: S603 (a list, no shell)
 
 
 def _start_agents(

@@ -35,10 +35,13 @@ PropagateResourceLimits=NONE
 ReturnToService=2
 SlurmdTimeout=10
 KillWait=60
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=2,sched_min_interval=200000,batch_sched_delay=0
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=120
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF
 """
 
 
@@ -79,8 +82,9 @@ class Slurm:
         self._start(self.first, "slurmctld", "-c")
         for name in self.hosts.names:
             self._start(name, "slurmd", "-N", name)
-        deadline = time.monotonic() + 30
-        while self.run("sinfo", "-h", "-N", "-o", "%t").split() != ["idle"] * len(self.hosts.names):
+        deadline = time.monotonic() + 120
+        states = ("sinfo", "--noheader", "--Node", "--partition=main", "--format=%t")
+        while self.run(*states).split() != ["idle"] * len(self.hosts.names):
             assert time.monotonic() < deadline, "the nodes do not come up"
             time.sleep(0.2)
         return self

@@ -42,6 +42,15 @@ def wait_until(claim: Callable[[], bool], run_dir: Path) -> None:
         time.sleep(0.2)
 
 
+def saved_step(run_dir: Path) -> int:
+    """The step at which a run was interrupted and from which it went on."""
+    saved = moments(run_dir, "interrupted")[-1].text
+    assert saved.endswith(": a signal"), saved
+    step = int(saved.split()[2].rstrip(":"))
+    assert f"from step {step}" in moments(run_dir, "started")[-1].text
+    return step
+
+
 def test_a_job_near_its_limit_saves_queues_again_and_finishes_with_the_same_losses(
     hosts: Hosts, slurm: Slurm, settings: list[str], undisturbed: Losses, tmp_path: Path
 ) -> None:
@@ -53,7 +62,43 @@ def test_a_job_near_its_limit_saves_queues_again_and_finishes_with_the_same_loss
     assert read_losses(run_dir) == undisturbed
     assert len(moments(run_dir, "requeued")) == 1
     assert len(moments(run_dir, "interrupted")) == 1
+    assert saved_step(run_dir) >= 50
     assert [moment.hosts for moment in moments(run_dir, "started")] == [["th1", "th2"]] * 2
+
+
+def test_a_real_time_limit_is_survived_as_often_as_it_comes(
+    hosts: Hosts, slurm: Slurm, settings: list[str], undisturbed: Losses, tmp_path: Path
+) -> None:
+    """Three minutes, and a link so slow that they don't suffice, until the limit has come near."""
+    run_dir = tmp_path / "run"
+    hosts.slow("th2", "4mbit")
+    try:
+        job = submit(hosts, settings, run_dir, "launch.time=3", "launch.save_seconds=30")
+        wait_until(lambda: len(moments(run_dir, "requeued")) == 1, run_dir)
+    finally:
+        hosts.hasten("th2")
+    assert slurm.state(job) != "TIMEOUT"
+    wait_until(lambda: slurm.state(job) == "COMPLETED", run_dir)
+    assert read_losses(run_dir) == undisturbed
+    assert len(moments(run_dir, "started")) == len(moments(run_dir, "requeued")) + 1
+    assert saved_step(run_dir) >= 1
+
+
+def test_a_preempted_job_saves_makes_room_and_comes_back(
+    hosts: Hosts, slurm: Slurm, settings: list[str], undisturbed: Losses, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    job = submit(hosts, settings, run_dir, "launch.partition=main")
+    wait_until(lambda: max(read_losses(run_dir), default=0) >= 50, run_dir)
+    urgent = slurm.run(
+        *("sbatch", "--parsable", "--partition=urgent", "--nodes=3", "--exclusive"),
+        *(f"--output={tmp_path}/urgent.log", "--wrap=sleep 1"),
+    ).strip()
+    wait_until(lambda: slurm.state(urgent) == "COMPLETED", run_dir)
+    wait_until(lambda: slurm.state(job) == "COMPLETED", run_dir)
+    assert read_losses(run_dir) == undisturbed
+    assert len(moments(run_dir, "interrupted")) == 1
+    assert saved_step(run_dir) >= 50
 
 
 def test_a_cancelled_job_leaves_a_run_that_can_be_resumed_and_stays_cancelled(
@@ -69,6 +114,7 @@ def test_a_cancelled_job_leaves_a_run_that_can_be_resumed_and_stays_cancelled(
     again = submit(hosts, settings, run_dir)
     wait_until(lambda: slurm.state(again) == "COMPLETED", run_dir)
     assert read_losses(run_dir) == undisturbed
+    assert saved_step(run_dir) >= 50
 
 
 def test_a_killed_rank_is_restarted_within_the_job(
