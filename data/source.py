@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from data.documents import DocumentIndex
+from data.documents import DocumentIndex, Spans
 from data.fim import MARKERS, Fim, FimSetting, Part
 from data.gather import Tokens
 from data.permutation import Permutation
@@ -105,6 +105,10 @@ class Source:
             blocks.append(block.take(slice(at, at + stop - start)))
             start += len(blocks[-1].documents)
         return Block(*map(np.concatenate, zip(*blocks, strict=True)))
+
+    def spans(self, documents: Numbers) -> Spans:
+        """Where documents lie, by their numbers in the corpus."""
+        return self._index.find(documents)
 
     def find(self, place: int, fim: FimSetting) -> tuple[Block, int]:
         """The block that a place is in, and where."""

@@ -33,7 +33,7 @@ class TrainingData:
         self._seed = seed
         self._gather = Gather()
         self._identities: dict[str, str] = {}
-        wanted = _list_sources(config)
+        wanted = list_sources(config)
         sources = [self._open(source) for source in wanted]
         stages = config.stages if isinstance(config, MixtureData) else []
         weights = {source.name: source.weight for source in wanted}
@@ -135,7 +135,7 @@ class TrainingData:
                 "weight": source.weight,
                 "max_epochs": source.max_epochs,
             }
-            for source in _list_sources(config)
+            for source in list_sources(config)
         }
         return {
             "seed": self._seed,
@@ -147,7 +147,8 @@ class TrainingData:
         }
 
 
-def _list_sources(config: DataConfig) -> list[SourceConfig]:
+def list_sources(config: DataConfig) -> list[SourceConfig]:
+    """The sources of a mixture; a corpus by itself is one."""
     if isinstance(config, MixtureData):
         return config.sources
     return [SourceConfig(name=ALONE, folder=config.folder, weight=1.0)]

@@ -15,6 +15,7 @@ VERBS = {
     "doctor": ("launch.doctor", "are the nodes fit for a launch?"),
     "status": ("launch.status", "how a run stands and what happened to it"),
     "prepare": ("launch.prepare", "make a corpus ready: tokenizer, shards, manifest"),
+    "data": ("launch.data", "show the samples of any step; statistics of what a run reads"),
     "plan": ("launch.plan", "parameters and FLOPs of a model, per component"),
     "verify": ("launch.verify", "whether a layout trains the same model as one process"),
     "evaluate": ("launch.evaluate", "a checkpoint's loss on held-out text"),

@@ -13,6 +13,7 @@ from typing import Any
 from launch import layout_costs, layout_page
 from launch.checkpoints import CheckpointsConfig
 from launch.config import LaunchedRun
+from launch.data import LookConfig
 from launch.grow import OWN_KEYS, GrownRun
 from launch.help import describe_options
 from launch.keys import Key, list_keys
@@ -51,6 +52,7 @@ def write_reference() -> str:
         "generate": GenerateConfig,
         "export": ExportConfig,
         "checkpoints": CheckpointsConfig,
+        "data": LookConfig,
     }
     for verb, schema in schemas.items():
         lines += [f"## thrifty {verb}", "", *_table(list_keys(schema)), ""]
