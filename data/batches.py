@@ -96,8 +96,8 @@ class Batches:
         if ahead is not None and ahead[:2] == (position, count):
             taken = ahead[2].result()
         else:
-            taken = self._thread.submit(self._read, position, count).result()
-        following = self._thread.submit(self._read, taken.position, count)
+            taken = self._thread.submit(self.read, position, count).result()
+        following = self._thread.submit(self.read, taken.position, count)
         self._ahead = taken.position, count, following
         return taken
 
@@ -116,7 +116,8 @@ class Batches:
     ) -> None:
         self.close()
 
-    def _read(self, position: Position, count: int) -> Taken:
+    def read(self, position: Position, count: int) -> Taken:
+        """What `take` returns, read now and in this thread."""
         drawn = self._order.draw(position, count)
         size = self._micro_batch_size
         starts = range(self._rank * size, count, self._world * size)

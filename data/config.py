@@ -11,6 +11,7 @@ from typing import Protocol
 
 from data.blend import SourceConfig, StageConfig, check_blend
 from data.fim import FimConfig, check_fim
+from data.mirror import is_remote, mirror_folder
 from data.packing import Packing
 from data.retry import RetryConfig, check_retry
 from data.select import SelectConfig, check_select
@@ -73,6 +74,9 @@ class DataConfig:
     reset_positions: bool = True
     #: Patience with a file system that fails while a run reads.
     retry: RetryConfig = field(default_factory=RetryConfig)
+    #: Bytes of local disk that copies of one remote source's shards may take; what does not fit is
+    #: read from afar.
+    cache_bytes: int = 100 * 2**30
     #: What is checked before a prepared corpus is used: full (sha256) or fast (sizes).
     verify: Verify = Verify.full
 
@@ -169,6 +173,13 @@ def check_data(config: DataConfig) -> None:
         )
     if not config.folder:
         raise ValueError("data.folder is empty; name the folder that will hold the corpus")
+    if is_remote(config.folder):
+        raise ValueError(
+            f"data.folder={config.folder} is a URL, but corpora are made in local folders; prepare "
+            "it in one, copy that to the URL, and name it in data.sources (data=mixture)"
+        )
+    if config.cache_bytes < 0:
+        raise ValueError(f"data.cache_bytes={config.cache_bytes} is negative; choose 0 or more")
     if config.seq_len < 1:
         raise ValueError(f"data.seq_len={config.seq_len} must be at least 1; choose e.g. 4096")
     if not 0 < config.validation_fraction < 1:
@@ -215,5 +226,7 @@ class _InFolder(Protocol):
 
 
 def find_folder(config: _InFolder) -> Path:
-    """The folder of a corpus or source, `~` expanded."""
+    """The folder of a corpus or source, `~` expanded; of a remote one, that of its copies."""
+    if is_remote(config.folder):
+        return mirror_folder(config.folder)
     return Path(config.folder).expanduser()

@@ -25,6 +25,8 @@ from data.manifest import (
     record_file,
     write_manifest,
 )
+from data.mirror import is_remote
+from data.remote import RemoteCorpus
 from data.unigram import read_unigram
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ def prepare_mixture(config: MixtureData) -> Manifest:
             f"data.folder={folder} is also a source's; the mixture needs a folder of its own"
         )
     folders = {source.name: find_folder(source) for source in config.sources}
-    manifests = {source.name: _read_source(source) for source in config.sources}
+    manifests = {source.name: _read_source(source, config.cache_bytes) for source in config.sources}
     first, *others = manifests
     tokenizer = manifests[first].tokenizer
     for name in others:
@@ -69,10 +71,12 @@ def prepare_mixture(config: MixtureData) -> Manifest:
     return manifest
 
 
-def _read_source(source: SourceConfig) -> Manifest:
+def _read_source(source: SourceConfig, cache_bytes: int) -> Manifest:
     try:
+        if is_remote(source.folder):
+            return RemoteCorpus(source.folder, cache_bytes=cache_bytes).read_manifest()
         return read_manifest(find_folder(source))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"the source {source.name}: {error}") from error
 
 
@@ -94,6 +98,7 @@ def _join(config: MixtureData, manifests: dict[str, Manifest], split: Split) -> 
     shards = {
         source.name: [_move(shard, find_folder(source)) for shard in records[source.name].shards]
         for source in config.sources
+        if split is Split.validation or not is_remote(source.folder)  # those lie elsewhere
     }
     index = prompts = None
     prompt_tokens = sum(record.prompt_tokens for record in records.values())

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from data.fim import FimSetting
 from data.gather import Gather, Tokens
 from data.mixture import Row
+from data.remote import RemoteTokens, fetch
 from data.samples import IGNORED, Sample
 from data.source import Source
 
@@ -60,6 +61,7 @@ def read_rows(
         OSError: A shard can't be read.
     """
     located = _locate(rows, sources)
+    _fetch(located)
     dtype = np.result_type(*{sources[row.source].dtype for row in rows})
     # One piece of memory for all: many small ones go back to the system and come back as new pages.
     numbers = np.empty((3, len(rows), seq_len), np.int64)
@@ -134,6 +136,21 @@ def _locate(rows: Sequence[Row], sources: dict[str, Source]) -> list[_Located]:
             located[index] = group, range(first, first + stop - start)
             first += stop - start
     return [located[index] for index in range(len(rows))]
+
+
+def _fetch(rows: list[_Located]) -> None:
+    """Bring here what lies in remote shards, in one go."""
+    wanted = []
+    for group, pieces in rows:
+        stream = group.source.stream
+        assert stream is not None
+        for k in pieces if stream.is_remote else ():
+            tokens, stop = stream.tokens(group.shards[k]), group.starts[k] + group.lengths[k]
+            if isinstance(tokens, RemoteTokens) and not group.is_rearranged[k]:
+                wanted.append((tokens, group.starts[k], stop))
+                if group.goes_on[k]:
+                    wanted.append((tokens, stop, stop + 1))
+    fetch(wanted)
 
 
 def _find_fault(rows: list[_Located]) -> str | None:

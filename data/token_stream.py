@@ -13,6 +13,7 @@ import numpy.typing as npt
 from data.config import Verify
 from data.gather import Gather, Tokens
 from data.manifest import Split, TokenizerRecord, read_manifest, verify_corpus
+from data.remote import RemoteCorpus, RemoteTokens
 from data.shards import Shard, bin_path
 
 OPEN_SHARDS = 256
@@ -45,7 +46,9 @@ class TokenStream:
         *,
         verify: Verify,
         tokenizer_fingerprint: str | None = None,
+        remote: RemoteCorpus | None = None,
     ) -> None:
+        """`remote` is where the folder's shards come from; it checks what it copies."""
         manifest = read_manifest(folder)
         self.tokenizer: TokenizerRecord = manifest.tokenizer
         if tokenizer_fingerprint not in (None, self.tokenizer.fingerprint):
@@ -55,7 +58,10 @@ class TokenStream:
                 f"{str(tokenizer_fingerprint)[:12]}; prepare the corpus with "
                 "data.tokenizer.path set to the model's tokenizer"
             )
-        verify_corpus(folder, manifest, verify=verify)
+        if remote is None:
+            verify_corpus(folder, manifest, verify=verify)
+        self._remote = remote
+        self._is_kept = remote.find_kept(manifest) if remote is not None else []
         record = manifest.split(split)
         self._folder = folder
         self._shards = record.shards
@@ -92,6 +98,11 @@ class TokenStream:
         """The shards of many places, and where they are in them."""
         shards = np.searchsorted(self._borders, places, side="right") - 1
         return Located(shards, places - self._borders[shards])
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether shards may lie elsewhere."""
+        return self._remote is not None
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -145,8 +156,13 @@ class TokenStream:
             number += 1
         return overlaps
 
-    def _open_tokens(self, number: int) -> Tokens:
+    def _open_tokens(self, number: int) -> Tokens | RemoteTokens:
         """A shard's tokens, [num_tokens]; the shard is checked when it is opened first."""
+        if self._remote is not None:
+            if not self._is_kept[number]:
+                return self._remote.open(self._shards[number])
+            self._remote.copy(self._shards[number].bin)
+            self._remote.copy(self._shards[number].idx)
         if number not in self._dtypes:
             self._dtypes[number] = self._open_shard(number).tokens.dtype
             if self._dtypes[number] != self.dtype:

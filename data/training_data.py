@@ -10,8 +10,10 @@ from data.documents import MappedIndex
 from data.fim import FimSetting
 from data.gather import Gather
 from data.manifest import Split, read_manifest
+from data.mirror import is_remote
 from data.mixture import Drawn, Mixture, Row
 from data.position import Position, SourcePosition
+from data.remote import RemoteCorpus
 from data.retry import retry
 from data.rows import Rows, read_rows
 from data.source import Source
@@ -103,8 +105,11 @@ class TrainingData:
         return replace(position, sources=sources, blends=(*position.blends, noted))
 
     def _open(self, source: SourceConfig) -> Source:
-        folder = find_folder(source)
-        stream = TokenStream(folder, Split.train, verify=self._config.verify)
+        folder, remote = find_folder(source), None
+        if is_remote(source.folder):
+            remote = RemoteCorpus(source.folder, cache_bytes=self._config.cache_bytes)
+            remote.read_manifest()
+        stream = TokenStream(folder, Split.train, verify=self._config.verify, remote=remote)
         manifest = read_manifest(folder)
         self._identities[source.name] = manifest.train.fingerprint
         record, tokenizer, fim = manifest.train, manifest.tokenizer, self._config.fim

@@ -21,7 +21,7 @@ from train.grow.config import is_growable
 FIXED = ("model", "data", "seed", "init_from")
 # Where the corpus lies, how it is checked, and how it is read: the position in the data knows.
 MOVABLE = (
-    *("data.folder", "data.processes", "data.verify", "data.retry"),
+    *("data.folder", "data.processes", "data.verify", "data.retry", "data.cache_bytes"),
     *("data.seq_len", "data.packing", "data.fim", "data.mask_documents", "data.reset_positions"),
     *("data.sources", "data.stages"),
 )

@@ -10,7 +10,8 @@ import numpy as np
 from data.config import find_folder
 from data.documents import Numbers, Spans
 from data.position import Position, SourcePosition
-from data.report import DUPLICATES, read_report
+from data.report import read_report
+from data.select import EXACT, NEAR
 from data.token_stream import TokenStream
 from data.training_data import TrainingData, list_sources
 from train.config import RunConfig
@@ -85,6 +86,6 @@ def _dropped_duplicates(folder: Path) -> dict[str, int]:
     report = read_report(folder)
     dropped: dict[str, int] = {}
     for stage in report["stages"] if report else []:
-        if stage["stage"] in DUPLICATES:
+        if stage["stage"] in (EXACT, NEAR):
             dropped |= stage["dropped"]
     return dropped

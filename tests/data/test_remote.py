@@ -1,0 +1,95 @@
+"""A source behind a URL is read as if it were local, within a bound of disk, or says why not."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from data.blend import SourceConfig
+from data.config import MixtureData, check_data
+from data.fim import FimConfig
+from data.position import Position
+from data.prepare import Prepared, prepare
+from data.retry import RetryConfig
+from data.rows import Rows
+from data.training_data import TrainingData
+
+
+@pytest.fixture(params=["memory", "file"])
+def url(request: pytest.FixtureRequest, prepared: Prepared, tmp_path: Path) -> str:
+    """The small corpus, copied to another file system."""
+    url = f"{request.param}://{tmp_path}/bucket/corpus"
+    files, root = fsspec.url_to_fs(url)
+    files.makedirs(root, exist_ok=True)
+    for path in prepared.folder.iterdir():
+        if path.is_file():
+            files.pipe_file(f"{root}/{path.name}", path.read_bytes())
+    return url
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THRIFTY_CACHE", str(tmp_path / "cache"))
+
+
+def mixture(folder: Path, source: str, **fields: object) -> MixtureData:
+    sources = [SourceConfig(name="a", folder=source, weight=1)]
+    values: dict[str, object] = {"seq_len": 40, "fim": FimConfig(rate=0.2)}
+    return MixtureData(sources=sources, **({"folder": str(folder)} | values | fields))  # type: ignore[arg-type]
+
+
+def read(config: MixtureData, count: int = 60) -> list[Rows]:
+    data = TrainingData(config, seed=4)
+    return data.read(data.draw(data.enter(Position()), count).rows, 5)
+
+
+def kept(tmp_path: Path) -> list[int]:
+    return sorted(path.stat().st_size for path in (tmp_path / "cache").glob("*/train-*.bin"))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_remote_source_reads_as_a_local_one_and_keeps_to_the_bound(
+    url: str, prepared: Prepared, tmp_path: Path, share: float
+) -> None:
+    sizes = [shard.bin.num_bytes for shard in prepared.manifest.train.shards]
+    assert len(sizes) > 2
+    config = mixture(tmp_path / "mixture", url, cache_bytes=int(share * sum(sizes)))
+    prepare(config)
+    local = mixture(tmp_path / "local", str(prepared.folder))
+    for got, expected in zip(read(config), read(local), strict=True):
+        assert (got.tokens == expected.tokens).all()
+        assert (got.targets == expected.targets).all()
+        assert got.document_lengths == expected.document_lengths
+    assert sum(kept(tmp_path)) <= config.cache_bytes
+    assert bool(kept(tmp_path)) == (share > 0)
+    assert share < 1 or len(kept(tmp_path)) == len(sizes)
+
+
+def test_a_remote_shard_that_vanishes_is_tried_again_and_then_named(
+    url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    patience = RetryConfig(attempts=2, wait_seconds=0.001)
+    config = mixture(tmp_path / "mixture", url, cache_bytes=0, retry=patience)
+    prepare(config)
+    files, root = fsspec.url_to_fs(url)
+    for path in files.glob(f"{root}/train-*.bin"):
+        files.rm(path)
+    with pytest.raises(OSError, match=r"train-0000\d\.bin"):
+        read(config)
+    assert "attempt 1 of 2" in caplog.text
+
+
+def test_a_copy_that_is_not_what_was_prepared_is_refused(url: str, tmp_path: Path) -> None:
+    config = mixture(tmp_path / "mixture", url)
+    prepare(config)
+    files, root = fsspec.url_to_fs(url)
+    content = files.cat_file(f"{root}/train-00000.bin")
+    files.pipe_file(f"{root}/train-00000.bin", bytes(2) + content[2:])
+    with pytest.raises(ValueError, match=r"train-00000\.bin does not match its sha256"):
+        read(config)
+
+
+def test_a_corpus_is_not_made_behind_a_url(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.folder=s3://b/c is a URL, .* in data\.sources"):
+        check_data(replace(mixture(tmp_path, str(tmp_path)), folder="s3://b/c"))
