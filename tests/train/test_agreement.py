@@ -13,10 +13,13 @@ from data.position import Position
 from tests.ranks import run_ranks
 from tests.train.tiny import tiny_run
 from train.agreement import DisagreementError, check_agreement, hash_tensor
-from train.config import describe_config
+from train.config import RunConfig, describe_config
 from train.engine import Engine, join
+from train.journal import Journal
 from train.parallel import ParallelConfig
 from train.progress import Progress
+from train.ranks import Ranks
+from train.run import Run
 
 
 @contextmanager
@@ -26,6 +29,10 @@ def nudged(tensor: torch.Tensor) -> Iterator[None]:
     bits ^= 1
     yield
     bits ^= 1
+
+
+def start(config: RunConfig, ranks: Ranks) -> None:
+    Run(config, ranks)
 
 
 def expect(message: str, check: Callable[[], None]) -> None:
@@ -73,6 +80,31 @@ def test_every_kind_of_disagreement_is_refused_with_ranks_and_subject(tmp_path: 
         check()
 
     run_ranks(4, disagree)
+
+
+def test_a_run_says_who_sits_where_and_checks_at_its_start_and_at_each_checkpoint(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_run(tmp_path, parallel=ParallelConfig(expert=2, micro_batch_size=2))
+    config.data.folder = str(corpus)
+    Path(config.run_dir).mkdir()
+
+    def start_and_drift() -> None:
+        ranks = join(config.parallel, timeout_minutes=5)
+        with caplog.at_level("INFO"):
+            run = Run(config, ranks)
+        grid = (
+            "rank  node  replica  expert group  experts\n   0     0        0             0      0-3"
+        )
+        assert grid in caplog.text
+        run.progress.step += 1
+        is_odd = ranks.rank == 1
+        with nudged(run.engine.model.norm.weight if is_odd else torch.zeros(1)):
+            expect("step 1: weights: weight/norm", lambda: run.save(Journal([]), is_last=True))
+        config.logging.every += is_odd
+        expect("step 0: the config: logging.every is 1 .*but 2 on", lambda: start(config, ranks))
+
+    run_ranks(2, start_and_drift, seconds=300)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from tests.train.tiny import tiny_run
+from train.checkpoint import CheckpointConfig
 from train.config import CONFIG_FILE, write_config
 from train.journal import read_records
 from train.manifest import Fragment
+from train.parallel import Offload, ParallelConfig
 from train.precision import Dtype, PrecisionConfig
 from train.snapshot import Snapshot
 
@@ -35,6 +37,32 @@ def test_a_run_stopped_half_way_resumes_bit_for_bit(
             config.schedule.steps = steps
             write_config(config, run_dir / CONFIG_FILE)
             start(run_dir)
+        losses.append([record["loss"] for record in read_records(run_dir, event="step")])
+    assert losses[0] == losses[1]
+
+
+def test_a_run_with_its_state_on_a_disk_equals_one_with_it_in_host_memory(
+    corpus: Path, tmp_path: Path
+) -> None:
+    losses = []
+    for where in (Offload.cpu, Offload.nvme):
+        config = tiny_run(
+            tmp_path / where,
+            parallel=ParallelConfig(
+                micro_batch_size=4,
+                zero_stage=3,
+                offload_optimizer=where,
+                offload_parameters=where,
+                nvme_path=str(tmp_path),
+            ),
+            precision=PrecisionConfig(dtype=Dtype.bf16),
+            checkpoint=CheckpointConfig(asynchronous=False),
+        )
+        config.data.folder = str(corpus)
+        run_dir = Path(config.run_dir)
+        run_dir.mkdir(parents=True)
+        write_config(config, run_dir / CONFIG_FILE)
+        start(run_dir)
         losses.append([record["loss"] for record in read_records(run_dir, event="step")])
     assert losses[0] == losses[1]
 

@@ -5,12 +5,14 @@ PyTorch: states, losses, gradients, norm, moments, weights to 1e-5, counts and b
 """
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launch.layout_page import FEATURES, working_stages
 from model.config import ModelConfig, MTPConfig
 from model.recompute import Recompute
 from tests.train.tiny import tiny_attention, tiny_model, tiny_moe, tiny_run
@@ -121,6 +123,21 @@ TIED: list[Any] = [
 ]
 
 
+def pairs_of_the_page() -> Iterator[Any]:
+    """Each cell of docs/layouts.md that isn't a dash, under the highest stage that it names."""
+    seen = []
+    for i, row in enumerate(FEATURES):
+        for column in FEATURES[: i + 1]:
+            settings = {**column.settings, **row.settings}
+            is_contradiction = any(settings[k] != value for k, value in column.settings.items())
+            if is_contradiction or settings in seen:
+                continue
+            seen.append(settings)
+            if stages := working_stages(row, column):
+                name = f"{row.name} and {column.name}"
+                yield pytest.param(settings | {"parallel.zero_stage": stages[-1]}, id=name)
+
+
 def model(chunk: int | None, *, is_tied: bool) -> ModelConfig:
     """Four heads for four ranks, blocks for four stages, MTP two tokens ahead."""
     return tiny_model(
@@ -130,6 +147,22 @@ def model(chunk: int | None, *, is_tied: bool) -> ModelConfig:
         mtp=MTPConfig(depth=2),
         tie_embedding=is_tied,
     )
+
+
+def check_pair(folder: Path, settings: dict[str, Any]) -> None:
+    layout = {
+        name.removeprefix("parallel."): value
+        for name, value in settings.items()
+        if name.startswith("parallel.")
+    }
+    pipeline = layout.get("pipeline", 1)
+    layout |= {"accumulation": 4 if pipeline > 1 else 2, "nvme_path": tempfile.gettempdir()}
+    num_ranks = pipeline * max(layout.get("expert", 1), layout.get("sequence", 1))
+    dtype = settings.get("precision.dtype", Dtype.fp32)
+    if settings.get("optimizer.kind") == "muon":
+        layout |= MUON
+    steps = 2 if dtype is Dtype.fp32 else 1
+    check(folder, max(num_ranks, 2), layout, dtype=dtype, steps=steps)
 
 
 IN_BF16: list[Any] = [
@@ -191,6 +224,14 @@ def test_every_combination_of_layouts_trains_the_same_model(
     tmp_path: Path, num_ranks: int, layout: Layout
 ) -> None:
     check(tmp_path, num_ranks, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", pairs_of_the_page())
+def test_whatever_the_page_says_works_together_trains_the_same_model(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    check_pair(tmp_path, settings)
 
 
 @pytest.mark.parametrize(("num_ranks", "layout"), IN_BF16, ids=describe)

@@ -1,7 +1,8 @@
 """State that waits on a disk: where it lies, that it trains the same bits, and what is refused."""
 
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import bitsandbytes  # noqa: F401  (once, before ranks fork)
 import pytest
@@ -9,17 +10,19 @@ import torch
 from torch import Tensor
 
 from tests.ranks import run_ranks
-from tests.train.tiny import tiny_run
+from tests.train.tiny import random_batches, tiny_model, tiny_run
 from tests.train.trained import train_layout
 from train.checkpoint import CheckpointConfig
 from train.config import RunConfig, check_run
 from train.engine import Engine, join
+from train.memory import State, largest_state
 from train.moments import Moments
 from train.nvme import Disk
 from train.optimizer import OptimizerConfig
 from train.parallel import Offload, ParallelConfig
 from train.precision import Dtype, PrecisionConfig
 from train.sharded import Sharded
+from train.update import count_denominators, update
 
 ON_DISK = {"offload_optimizer": Offload.nvme, "offload_parameters": Offload.nvme}
 
@@ -31,6 +34,36 @@ def config_of(folder: Path, *, dtype: Dtype = Dtype.fp32, **layout: Any) -> RunC
         precision=PrecisionConfig(dtype=dtype),
         checkpoint=CheckpointConfig(asynchronous=False),
     )
+
+
+class WatchedMemory(threading.Thread):
+    """Within it: the most memory of its own (no file's) that this process has, beyond the first."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._ends = threading.Event()
+        self._first = self._read()
+        self.most = 0
+
+    def _read(self) -> int:
+        (line,) = (
+            line
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith("RssAnon")
+        )
+        return int(line.split()[1]) * 1024
+
+    def run(self) -> None:
+        while not self._ends.wait(0.002):
+            self.most = max(self.most, self._read() - self._first)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends.set()
+        self.join()
 
 
 def files_mapped(folder: Path) -> list[range]:
@@ -78,6 +111,39 @@ def test_all_that_is_kept_of_parameters_lies_on_the_disk(tmp_path: Path, moments
         assert not list(tmp_path.iterdir()), "its files have no names, so that none stays"
 
     run_ranks(1, be_rank)
+
+
+@pytest.mark.slow
+def test_at_no_time_does_host_memory_hold_what_goes_to_the_disk(tmp_path: Path) -> None:
+    """At the start and in a step; the disk's own pages, which the kernel may drop, not counted."""
+
+    def most(where: Offload) -> int:
+        config = config_of(
+            tmp_path,
+            dtype=Dtype.bf16,
+            offload_optimizer=where,
+            offload_parameters=where,
+            nvme_path=str(tmp_path),
+        )
+        config.model = tiny_model(dim=256, ffn_dim=16384)
+
+        def be_rank() -> int:
+            ranks = join(config.parallel, timeout_minutes=5)
+            with WatchedMemory() as memory:
+                engine = Engine(config, ranks)
+                batches = random_batches(0, rank=0, num_ranks=1, micro_batch_size=4)
+                over = count_denominators(batches, config.model, ranks)
+                update(engine, batches, over, config=config.model, lr=1e-4)
+            return memory.most
+
+        check_run(config, num_ranks=1)
+        planned.append(largest_state(config, num_ranks=1))
+        return run_ranks(1, be_rank, seconds=600)[0]
+
+    planned: list[State] = []
+    in_memory, on_disk = most(Offload.cpu), most(Offload.nvme)
+    assert in_memory >= planned[0].host
+    assert on_disk < in_memory - 0.7 * planned[1].disk
 
 
 @pytest.mark.parametrize(

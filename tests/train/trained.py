@@ -33,7 +33,7 @@ class Trained(NamedTuple):
 
 def train_steps(config: RunConfig) -> Trained:
     """Three steps from the same start on the same global batches, on the ranks of this group."""
-    ranks = join(config.parallel, timeout_minutes=1)
+    ranks = join(config.parallel, timeout_minutes=5)
     engine = Engine(config, ranks)
     losses, norms, loads = [], [], []
     for step in range(STEPS):
@@ -89,7 +89,7 @@ def train_layout(
         checkpoint=CheckpointConfig(asynchronous=False),
     )
     check_run(config, num_ranks=num_ranks)
-    return run_ranks(num_ranks, lambda: train_steps(config))[0]
+    return run_ranks(num_ranks, lambda: train_steps(config), seconds=300)[0]
 
 
 def assert_same_training(got: Trained, expected: Trained) -> None:

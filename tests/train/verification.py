@@ -32,9 +32,11 @@ def verify(
 
     def on_rank() -> list[Any]:
         with bug():
-            ranks = join(config.parallel, timeout_minutes=1)
+            ranks = join(config.parallel, timeout_minutes=5)
             return list(observe(config, ranks, steps=steps, lr=LEARNING_RATE))
 
-    got = [fragment for of_rank in run_ranks(num_ranks, on_rank) for fragment in of_rank]
+    got = [
+        fragment for of_rank in run_ranks(num_ranks, on_rank, seconds=300) for fragment in of_rank
+    ]
     measure = build_measure(reference, others, config, tolerance=TOLERANCE)
     return compare(reference, got, measure=measure)
