@@ -19,6 +19,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "steps_per_print": None,
         "zero_optimization": {
             "stage": parallel.zero_stage,
+            "stage3_param_persistence_threshold": parallel.keep_whole,
             "overlap_comm": parallel.overlap_comm,
             "contiguous_gradients": True,  # without it, wrong gradients under ZeRO-1 with EP
             "reduce_bucket_size": parallel.reduce_bucket_size,

@@ -15,7 +15,6 @@ from typing import Any
 
 from data.config import DataConfig
 from model.config import ModelConfig
-from model.mla import MLAConfig
 from model.recompute import Recompute
 from train.optimizer import OptimizerConfig
 from train.parallel import ZERO_STAGES, Offload, ParallelConfig, PipelineSchedule
@@ -186,15 +185,12 @@ RULES: tuple[Rule, ...] = (
         problem=lambda layout: _describe_undivided(layout, "parallel.sequence", "data.seq_len"),
     ),
     Rule(
-        settings=("parallel.recompute", "parallel.sequence", "parallel.zero_stage"),
+        settings=("parallel.recompute", "parallel.zero_stage"),
         is_broken=lambda layout: (
-            isinstance(layout.model.attention, MLAConfig)
-            and layout.parallel.recompute is Recompute.selective
-            and layout.parallel.sequence > 1
-            and layout.parallel.zero_stage == 3
+            layout.parallel.recompute is Recompute.selective and layout.parallel.zero_stage == 3
         ),
-        why="MLA's up-projections would run again in the midst of their own backward pass, and let "
-        "go of the weights that it needs",
+        why="norms and projections would run again in the midst of the backward pass, where ZeRO 3 "
+        "has let go of their weights; full gathers them with the block",
     ),
     Rule(
         settings=("parallel.zero_stage", "model.moe.max_tokens_per_chunk", "parallel.expert"),

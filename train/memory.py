@@ -24,7 +24,6 @@ from train.quantised_moments import BLOCK
 from train.stages import plan_stages
 
 FP32 = 4
-PERSISTENT = 100_000  # elements up to which DeepSpeed's ZeRO 3 keeps a gathered parameter
 MOMENT_BYTES = {Moments.fp32: 4.0, Moments.bf16: 2.0, Moments.int8: 1 + 4 / BLOCK}
 
 
@@ -129,7 +128,7 @@ def _state_of(share: Share, config: RunConfig) -> State:
         state = _move_optimizer(state, whole, part, config)
     if parallel.offload_parameters is not Offload.none:
         state = _moved(state, parallel.offload_parameters, weights=weights)
-    if parallel.zero_stage == 3 and whole <= PERSISTENT and share.sharers > 1:
+    if parallel.zero_stage == 3 and whole <= parallel.keep_whole and share.sharers > 1:
         state = state._replace(weights=state.weights + whole * size)
     return state
 

@@ -65,6 +65,8 @@ class ParallelConfig:
     nvme_path: str | None = None
     #: Gradient elements per reduction; larger is faster and takes more memory.
     reduce_bucket_size: int = 50_000_000
+    #: Elements up to which ZeRO 3 keeps a parameter whole on every rank between its uses.
+    keep_whole: int = 100_000
     #: Whether gradients are reduced beside the backward pass (GPUs only).
     overlap_comm: bool = False
 
@@ -79,6 +81,10 @@ def check_parallel(config: ParallelConfig) -> None:
     for name in ("expert", "sequence", "pipeline", "micro_batch_size", "reduce_bucket_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"parallel.{name}={getattr(config, name)} must be at least 1")
+    if config.keep_whole < 0:
+        raise ValueError(
+            f"parallel.keep_whole={config.keep_whole} must not be negative; 0 keeps nothing whole"
+        )
     if config.pipeline_layers is not None and min(config.pipeline_layers, default=0) < 1:
         raise ValueError(
             f"parallel.pipeline_layers={config.pipeline_layers} leaves a stage without a block; "

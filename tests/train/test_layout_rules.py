@@ -51,7 +51,7 @@ def test_experts_beyond_the_divisors_have_the_nearest_as_their_way_out() -> None
 @pytest.mark.parametrize(
     "settings",
     [
-        {"parallel.sequence": 2, "parallel.recompute": Recompute.selective},
+        {"parallel.recompute": Recompute.selective},
         {"parallel.expert": 2, "model.moe.max_tokens_per_chunk": 16},
     ],
 )

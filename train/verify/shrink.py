@@ -44,6 +44,8 @@ def shrink(config: Config, *, num_ranks: int, new_num_ranks: int) -> Config:
     small.optimizer.clip_norm = min(config.optimizer.clip_norm, CLIP_NORM)
     # Gradients are reduced in several buckets, as those of a large model are.
     parallel.reduce_bucket_size = min(config.parallel.reduce_bucket_size, BUCKET_SIZE)
+    if parallel.zero_stage == 3:  # weights are cut and gathered, as those of a large model are
+        parallel.keep_whole = 0
     parallel.pipeline_layers = None
     per_replica = config.schedule.batch_size // count_replicas(parallel, num_ranks)
     accumulation = per_replica // parallel.micro_batch_size
