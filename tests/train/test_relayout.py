@@ -60,7 +60,7 @@ def read(config: RunConfig, folder: Path) -> dict[str, Any]:
 
 
 def make_config(folder: Path, num_ranks: int, dtype: Dtype, layout: dict[str, Any]) -> RunConfig:
-    parallel = ParallelConfig(micro_batch_size=8 // num_ranks, **layout)
+    parallel = ParallelConfig(micro_batch_size=8 // num_ranks, keep_whole=0, **layout)
     config = tiny_run(
         folder,
         parallel=parallel,

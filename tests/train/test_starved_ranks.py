@@ -29,7 +29,7 @@ def to_the_first_experts(router: Router, tokens: torch.Tensor) -> Routing:
 def test_no_rank_waits_for_one_without_tokens_or_whose_batch_is_padding(
     tmp_path: Path, zero_stage: int
 ) -> None:
-    parallel = ParallelConfig(expert=2, micro_batch_size=2, zero_stage=zero_stage)
+    parallel = ParallelConfig(expert=2, micro_batch_size=2, zero_stage=zero_stage, keep_whole=0)
     config = tiny_run(tmp_path, parallel=parallel)
 
     def starve() -> Any:
