@@ -206,6 +206,11 @@ def check_data(config: DataConfig) -> None:
                 parse_template(template, key=f"data.{key}")
     if isinstance(config, FilesData) and not config.paths:
         raise ValueError("data.paths is empty; give glob patterns, e.g. data.paths=['text/*.txt']")
+    if isinstance(config, TokenizedData | MixtureData) and config.select.is_asked_for:
+        raise ValueError(
+            f"data.select has no meaning for data={config.kind}, whose documents are tokenized "
+            "already; select when their text is prepared"
+        )
     if isinstance(config, TokenizedData) and config.tokenizer.path is None:
         raise ValueError(
             "data.tokenizer.path=null, but data=tokenized needs the tokenizer that its files were "

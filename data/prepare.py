@@ -138,7 +138,8 @@ def _begin_or_continue(config: DataConfig, folder: Path) -> None:
         log.info("continuing the unfinished corpus in %s", folder)
         return
     clear_records(folder)
-    tokenizer_path(config).unlink(missing_ok=True)
+    if config.tokenizer.path is None:
+        tokenizer_path(config).unlink(missing_ok=True)
     origin.write_origin(folder, now)
 
 
@@ -155,7 +156,7 @@ def _make(config: DataConfig, folder: Path, progress: Progress) -> Manifest:
         documents = read_documents(config)
         return documents if selection is None else selection.mark(documents)
 
-    if not tokenizer_path(config).is_file():
+    if config.tokenizer.path is not None or not tokenizer_path(config).is_file():
         with progress.stage("tokenizer", total_bytes=None) as advance:
             total_bytes = _make_tokenizer(config, read, advance)
     load_tokenizer(tokenizer_path(config))  # refused here if it is of no use

@@ -44,7 +44,7 @@ def read_report(folder: Path) -> dict[str, Any] | None:
     return read_json(folder / FILE) if (folder / FILE).is_file() else None
 
 
-def print_report(report: dict[str, Any]) -> str:
+def describe_report(report: dict[str, Any]) -> str:
     """The report as a table of stages and one of splits."""
     lines = [f"{'stage':<20}{'documents in':>14}{'dropped':>10}{'kept':>12}  why"]
     for stage in report["stages"]:
@@ -59,7 +59,7 @@ def print_report(report: dict[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def print_sources(folders: dict[str, Path]) -> str:
+def describe_sources(folders: dict[str, Path]) -> str:
     """The training split of each prepared corpus, a line each."""
     lines = [_row("source", *COLUMNS)]
     for name, folder in folders.items():

@@ -22,7 +22,7 @@ from pathlib import Path
 from data.atomic_file import write_aside
 from data.config import FilesData
 from data.prepare import prepare
-from data.report import print_sources
+from data.report import describe_sources
 from data.tokenizer import TokenizerConfig
 from data.train_tokenizer import sample_passages, train_tokenizer
 
@@ -136,7 +136,7 @@ def main() -> int:
                 validation_fraction=0.03,
             )
         )
-    print(print_sources({name: FOLDER / name for name in texts}))
+    print(describe_sources({name: FOLDER / name for name in texts}))
     return 0
 
 

@@ -5,7 +5,7 @@ import sys
 
 from data.config import MixtureData, find_folder
 from data.prepare import prepare
-from data.report import print_report, print_sources, read_report
+from data.report import describe_report, describe_sources, read_report
 from launch.compose import Job, run_jobs, to_config, worst
 from launch.config import LaunchedRun, check_launched
 from train.outcome import ExitCode
@@ -23,9 +23,9 @@ def prepare_job(job: Job) -> ExitCode:
     check_launched(config)
     prepared = prepare(config.data)
     if isinstance(config.data, MixtureData):
-        print(print_sources({one.name: find_folder(one) for one in config.data.sources}))
+        print(describe_sources({one.name: find_folder(one) for one in config.data.sources}))
     elif (report := read_report(prepared.folder)) is not None:
-        print(print_report(report))
+        print(describe_report(report))
     return ExitCode.FINISHED
 
 

@@ -278,6 +278,16 @@ def test_a_given_tokenizer_is_copied_and_its_change_noticed(
         prepare(config)
 
 
+@pytest.mark.slow
+def test_a_corpus_may_be_given_its_own_tokenizer(
+    prepared: Prepared, make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((prepared.folder / "tokenizer.model").read_bytes())
+    tokenizer = TokenizerConfig(path=str(tmp_path / "tokenizer.model"))
+    manifest = prepare(make_config(tmp_path, tokenizer=tokenizer)).manifest
+    assert manifest.train == prepared.manifest.train
+
+
 def test_shards_are_listed_in_order_though_a_large_one_is_finished_late(
     make_config: ConfigMaker, documents: list[str], tmp_path: Path
 ) -> None:

@@ -180,6 +180,12 @@ def test_the_tokenizer_must_be_given(config: TokenizedData) -> None:
         check_data(config)
 
 
+def test_documents_can_be_selected_only_where_they_are_text(config: TokenizedData) -> None:
+    config.select.exact_duplicates = True
+    with pytest.raises(ValueError, match=r"data\.select has no meaning for data=tokenized"):
+        check_data(config)
+
+
 def test_our_shards_are_read_as_megatrons(prepared: Prepared, tmp_path: Path) -> None:
     """Written here, read by the other tool's reader; and as a corpus of tokens again."""
     indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")

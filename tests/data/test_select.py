@@ -20,7 +20,7 @@ from data.examine_shard import ShardExaminer
 from data.manifest import FileRecord, Manifest, Split, SplitRecord, TokenizerRecord
 from data.minhash import MinHash
 from data.prepare import prepare
-from data.report import make_report, print_report, read_report
+from data.report import describe_report, make_report, read_report
 from data.select import Filter, FilterConfig, SelectConfig, check_can_select, check_select
 from data.select_corpus import compare, find_repeated
 from data.tokenizer import TokenizerConfig
@@ -291,7 +291,7 @@ def test_a_selection_is_reported_and_the_same_after_a_kill_and_with_other_proces
     manifest = whole.manifest
     assert report["documents_kept"] == manifest.train.documents + manifest.validation.documents
     assert report["documents_kept"] == 200
-    assert "near_duplicate                 220        20         200" in print_report(report)
+    assert "near_duplicate                 220        20         200" in describe_report(report)
 
 
 @pytest.mark.slow
