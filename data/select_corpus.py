@@ -1,7 +1,7 @@
 """Decides which documents of a corpus are kept, before anything is tokenized.
 
 Workers examine shards; then this process compares all documents with each other, one band of
-MinHash after another, so that memory holds a few dozen bytes per document, however long it is.
+MinHash after another, so that memory holds some 50 bytes per document, however long it is.
 
 A document is a duplicate if an *earlier* one that passes the filters has the same text, or
 resembles it (that one may be left out as a duplicate too: of a chain of alike documents the first

@@ -19,8 +19,8 @@ from data.encode_shard import RECORDS, EncodedShard
 from data.examine_shard import ShardExaminer
 from data.manifest import FileRecord, Manifest, Split, SplitRecord, TokenizerRecord
 from data.minhash import MinHash
-from data.prepare import prepare
-from data.report import describe_report, make_report, read_report
+from data.prepare import Prepared, prepare
+from data.report import describe_report, describe_sources, make_report, read_report
 from data.select import Filter, FilterConfig, SelectConfig, check_can_select, check_select
 from data.select_corpus import compare, find_repeated
 from data.tokenizer import TokenizerConfig
@@ -209,6 +209,17 @@ def test_stages_are_reported_in_their_order_also_where_they_drop_nothing() -> No
     ]
     assert report["splits"]["train"]["bytes_per_token"] == 20 / (9 - 2 * 2)
     assert report["splits"]["train"]["tokens_per_word"] == (9 - 2 * 2) / 10
+
+
+def test_sources_are_listed_with_their_fertility(prepared: Prepared) -> None:
+    about = prepared.manifest.train
+    header, line = describe_sources({"own": prepared.folder}).splitlines()
+    assert header.split() == ["source", "documents", "tokens", "bytes/token", "tokens/word"]
+    name, documents, tokens, bytes_per_token, _ = line.split()
+    assert (name, documents, tokens) == ("own", f"{about.documents:,}", f"{about.tokens:,}")
+    assert float(bytes_per_token) == pytest.approx(
+        about.text_bytes / (about.tokens - 2 * about.documents), abs=1e-3
+    )
 
 
 def write_corpus(path: Path, tokenizer: Path, *, more: int = 0) -> FilesData:
