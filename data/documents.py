@@ -1,10 +1,11 @@
 """The documents of a split by their number: where each lies in the stream, and how long it is.
 
 The index is one memory-mapped file, so that a billion documents cost no memory and no time to
-open. Pages that a lookup has touched are given back when the index is large.
+open. A large one is not looked up through the mapping: each touch may map 2 MiB of the page cache.
 """
 
 import mmap
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -17,7 +18,7 @@ from data.shards import Shard
 
 Numbers = npt.NDArray[np.int64]
 
-KEEP_MAPPED = 2**24  # bytes of an index that may stay in memory once they were touched
+KEEP_MAPPED = 2**24  # bytes of an index that may be mapped as lookups touch them
 
 
 class Spans(NamedTuple):
@@ -42,28 +43,42 @@ class MappedIndex:
     """The index that `prepare` wrote: starts i64[D + 1], and prompts' lengths i32[D] if any."""
 
     def __init__(self, starts: Path, prompts: Path | None) -> None:
-        self._maps = [_map(path) for path in (starts, prompts) if path is not None]
-        self._starts = np.frombuffer(self._maps[0], "<i8")
-        self._prompts = None if prompts is None else np.frombuffer(self._maps[1], "<i4")
-        self.num_documents = len(self._starts) - 1
+        self._starts = _Numbers(starts, "<i8")
+        self._prompts = None if prompts is None else _Numbers(prompts, "<i4")
+        self.num_documents = len(self._starts.all) - 1
 
     def find(self, documents: Numbers) -> Spans:
-        starts = self._starts[documents]
-        lengths = self._starts[documents + 1] - starts
-        if self._prompts is None:
-            prompts = np.zeros_like(starts)
-        else:
-            prompts = self._prompts[documents].astype(np.int64)
-        if self._starts.nbytes > KEEP_MAPPED:
-            for mapped in self._maps:
-                mapped.madvise(mmap.MADV_DONTNEED)
-        return Spans(starts, lengths, prompts)
+        starts, ends = self._starts.take(documents, 2).T
+        prompts = np.zeros_like(starts)
+        if self._prompts is not None:
+            prompts = self._prompts.take(documents, 1)[:, 0]
+        return Spans(starts, ends - starts, prompts)
 
     def find_overlapping(self, start: int, stop: int) -> Numbers:
         """The numbers of the documents that have tokens in [start, stop) of the stream."""
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        last = int(np.searchsorted(self._starts, stop, side="left"))
+        first = int(np.searchsorted(self._starts.all, start, side="right")) - 1
+        last = int(np.searchsorted(self._starts.all, stop, side="left"))
         return np.arange(first, last)
+
+
+class _Numbers:
+    """A file of numbers; `all` of them are mapped."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (it closes with the object)
+        mapped = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.all = np.frombuffer(mapped, dtype)
+
+    def take(self, places: Numbers, count: int) -> Numbers:
+        """The `count` numbers from each place on, [N, count]."""
+        if self.all.nbytes <= KEEP_MAPPED:
+            return self.all[places[:, None] + np.arange(count)].astype(np.int64)
+        taken = np.empty((len(places), count), self.all.dtype)
+        content, size = taken.data.cast("B"), self.all.itemsize
+        for k, place in enumerate(places.tolist()):
+            own = content[k * count * size : (k + 1) * count * size]
+            os.preadv(self._file.fileno(), [own], place * size)
+        return taken.astype(np.int64)
 
 
 def write_index(shards: dict[Path, bool], starts: Path, prompts: Path | None) -> None:
@@ -85,8 +100,3 @@ def write_index(shards: dict[Path, bool], starts: Path, prompts: Path | None) ->
                 lengths = shard.prompt_lengths()[has_tokens] * has_prompts
                 prompts_file.write(lengths.astype("<i4").tobytes())
         starts_file.write(np.array([end], "<i8").tobytes())
-
-
-def _map(path: Path) -> mmap.mmap:
-    with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
