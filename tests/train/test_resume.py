@@ -217,6 +217,7 @@ def test_a_run_that_waits_for_its_saves_writes_the_same_bytes(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_a_killed_run_in_bf16_with_a_batch_ramp_and_a_skipped_step_resumes_bit_for_bit(
     corpus: Path, tmp_path: Path
 ) -> None:
