@@ -63,7 +63,7 @@ def quantise_blocks(weight: Float[Tensor, "*stack N K"], scale: Scale = Scale.ex
     blocks = padded.unflatten(-1, (-1, TILE)).unflatten(-3, (-1, TILE))  # [..., n, 128, k, 128]
     scales = choose_scales(blocks.abs().amax(dim=(-3, -1)), scale)
     values = (blocks / scales[..., :, None, :, None]).to(E4M3).flatten(-2).flatten(-3, -2)
-    return Quantised(values[..., :rows, :columns], scales)
+    return Quantised(values[..., :rows, :columns].contiguous(), scales)
 
 
 def dequantise_blocks(blocks: Quantised) -> Float[Tensor, "*stack N K"]:

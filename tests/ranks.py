@@ -22,7 +22,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def ranks(num_ranks: int, *, seconds: float = 60) -> Callable[[Callable[P, T]], Callable[P, None]]:
+def ranks(num_ranks: int, *, seconds: float = 300) -> Callable[[Callable[P, T]], Callable[P, None]]:
     """The decorated test runs on `num_ranks` ranks and passes when it passes on every one.
 
     Fixtures and parameters arrive as in any test. `seconds` is the limit for each rank.
@@ -38,7 +38,7 @@ def ranks(num_ranks: int, *, seconds: float = 60) -> Callable[[Callable[P, T]], 
     return decorate
 
 
-def run_ranks(num_ranks: int, function: Callable[[], T], *, seconds: float = 60) -> list[T]:
+def run_ranks(num_ranks: int, function: Callable[[], T], *, seconds: float = 300) -> list[T]:
     """What `function()` returns on each rank, in order of ranks (anything `torch.save` takes).
 
     Inside it `torch.distributed` is ready and RANK, LOCAL_RANK and WORLD_SIZE are set. Raises

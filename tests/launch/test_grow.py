@@ -31,7 +31,7 @@ from train.parallel import ParallelConfig
 def start(config: LaunchedRun) -> int:
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
     write_config(config, Path(config.run_dir) / CONFIG_FILE)
-    return run_ranks(2, lambda: train(config, join(config.parallel, timeout_minutes=1)).step)[0]
+    return run_ranks(2, lambda: train(config, join(config.parallel, timeout_minutes=5)).step)[0]
 
 
 def grow(*arguments: str) -> ExitCode:

@@ -44,7 +44,7 @@ def test_every_kind_of_disagreement_is_refused_with_ranks_and_subject(tmp_path: 
     config = tiny_run(tmp_path, parallel=ParallelConfig(expert=2, micro_batch_size=2))
 
     def disagree() -> None:
-        ranks = join(config.parallel, timeout_minutes=1)
+        ranks = join(config.parallel, timeout_minutes=5)
         engine = Engine(config, ranks)
         progress, values = Progress(step=3, data=Position(samples=24)), describe_config(config)
         is_odd = ranks.rank == 1

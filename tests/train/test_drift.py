@@ -102,7 +102,7 @@ def run(config: RunConfig) -> list[dict[str, Any]]:
     """The run on two ranks until its last step: all its records so far."""
     check_run(config, num_ranks=2)
     Path(config.run_dir).mkdir(exist_ok=True)
-    run_ranks(2, lambda: train(config, join(config.parallel, timeout_minutes=1)).step)
+    run_ranks(2, lambda: train(config, join(config.parallel, timeout_minutes=5)).step)
     events = ("step", "drift", "fallback")
     kept = ("event", "step", "loss", "grad_norm", "layer", "drift")
     return [

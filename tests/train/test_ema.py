@@ -45,7 +45,7 @@ def test_the_average_is_the_recurrence(every: int) -> None:
 
 def start(config: RunConfig, num_ranks: int) -> None:
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-    run_ranks(num_ranks, lambda: train_run(config, join(config.parallel, timeout_minutes=1)).step)
+    run_ranks(num_ranks, lambda: train_run(config, join(config.parallel, timeout_minutes=5)).step)
 
 
 def read(config: RunConfig, step: int, kind: str) -> dict[str, torch.Tensor]:

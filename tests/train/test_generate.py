@@ -37,7 +37,7 @@ def config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     run_dir = Path(config.run_dir)
     run_dir.mkdir()
     write_config(config, run_dir / CONFIG_FILE)
-    run_ranks(2, lambda: train_run(config, join(config.parallel, timeout_minutes=0.5)).step)
+    run_ranks(2, lambda: train_run(config, join(config.parallel, timeout_minutes=5)).step)
     return config
 
 

@@ -30,7 +30,7 @@ def start(config: RunConfig, num_ranks: int = 1) -> None:
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_config(config, run_dir / CONFIG_FILE)
-    run_ranks(num_ranks, lambda: train_run(config, join(config.parallel, timeout_minutes=0.5)).step)
+    run_ranks(num_ranks, lambda: train_run(config, join(config.parallel, timeout_minutes=5)).step)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_weights_are_taken_and_moments_and_position_are_not(
     Path(config.run_dir).mkdir()
 
     def first_state() -> dict[str, torch.Tensor]:
-        run = Run(config, join(config.parallel, timeout_minutes=0.5))
+        run = Run(config, join(config.parallel, timeout_minutes=5))
         assert (run.progress.step, run.progress.samples, run.progress.updates) == (0, 0, 0)
         assert all(state["step"] == 0 for state in run.engine._optimizer.state.values())
         for fragment in run.engine.fragments():
@@ -127,7 +127,7 @@ def test_a_source_without_moments_is_enough(source: RunConfig, tmp_path: Path) -
     assert len(manifest.tensors) < len(tensors)
     Path(config.run_dir).mkdir()
     with mock.patch("train.checkpoint.read_manifest", return_value=manifest):
-        run_ranks(1, lambda: Run(config, join(config.parallel, timeout_minutes=0.5)).progress.step)
+        run_ranks(1, lambda: Run(config, join(config.parallel, timeout_minutes=5)).progress.step)
 
 
 def test_a_folder_without_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def be_rank(config: RunConfig, rank: int, store: Path) -> None:
     dist.init_process_group(
         "gloo", store=dist.FileStore(str(store), RANKS), rank=rank, world_size=RANKS
     )
-    train(config, join(config.parallel, timeout_minutes=1))
+    train(config, join(config.parallel, timeout_minutes=5))
     os._exit(0)
 
 

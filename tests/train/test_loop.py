@@ -33,7 +33,7 @@ def config(corpus: Path, tmp_path: Path) -> RunConfig:
 
 def start(config: RunConfig) -> dict[str, Any]:
     def be_rank() -> dict[str, Any]:
-        return train_run(config, join(config.parallel, timeout_minutes=0.5)).summary
+        return train_run(config, join(config.parallel, timeout_minutes=5)).summary
 
     return run_ranks(2, be_rank)[0]
 

@@ -59,7 +59,7 @@ def count_bytes(config: RunConfig, num_ranks: int) -> int:
 
     def on_rank() -> int:
         before = live_bytes()
-        ranks = join(config.parallel, timeout_minutes=1)
+        ranks = join(config.parallel, timeout_minutes=5)
         engine = CountedEngine(config, ranks)
         for step in range(2):
             batches = random_batches(

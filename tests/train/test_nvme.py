@@ -102,7 +102,7 @@ def test_all_that_is_kept_of_parameters_lies_on_the_disk(tmp_path: Path, moments
     check_run(config, num_ranks=1)
 
     def be_rank() -> None:
-        engine = Engine(config, join(config.parallel, timeout_minutes=1))
+        engine = Engine(config, join(config.parallel, timeout_minutes=5))
         mapped = files_mapped(tmp_path)
         for kind, tensors in state_tensors(engine).items():
             assert tensors, kind

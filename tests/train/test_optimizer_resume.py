@@ -58,7 +58,7 @@ def train_steps(engine: Engine, ranks: Ranks, config: RunConfig, steps: range) -
 
 def start(config: RunConfig, *, step: int | None = None) -> tuple[Engine, Ranks]:
     """A new engine, filled from the checkpoint of a step if one is named."""
-    ranks = join(config.parallel, timeout_minutes=1)
+    ranks = join(config.parallel, timeout_minutes=5)
     engine = Engine(config, ranks)
     if step is not None:
         checkpoints = Checkpoints(Path(config.run_dir), keep=9)
@@ -221,7 +221,7 @@ def test_another_algorithm_is_refused_unless_its_missing_state_is_named(
     Path(config.run_dir).mkdir(parents=True)
 
     def be_rank() -> None:
-        ranks = join(config.parallel, timeout_minutes=1)
+        ranks = join(config.parallel, timeout_minutes=5)
         train(config, ranks)
         saved = state_of(Run(config, ranks).engine)
         config.optimizer = after

@@ -36,7 +36,7 @@ def step_once(engine: Engine, ranks: Ranks, config: RunConfig, step: int) -> tor
 
 def write(config: RunConfig) -> dict[str, Any]:
     """Two steps and a checkpoint; then one more step."""
-    ranks = join(config.parallel, timeout_minutes=1)
+    ranks = join(config.parallel, timeout_minutes=5)
     engine = Engine(config, ranks)
     for step in range(STEPS):
         step_once(engine, ranks, config, step)
@@ -49,7 +49,7 @@ def write(config: RunConfig) -> dict[str, Any]:
 
 def read(config: RunConfig, folder: Path) -> dict[str, Any]:
     """The checkpoint in an engine that started from other weights; then one more step."""
-    ranks = join(config.parallel, timeout_minutes=1)
+    ranks = join(config.parallel, timeout_minutes=5)
     config.seed += 1
     engine = Engine(config, ranks)
     load(folder, read_manifest(folder), [*engine.fragments(), *engine.buffers()])

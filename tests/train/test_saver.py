@@ -104,7 +104,7 @@ def test_a_failure_beside_training_is_the_same_on_all_ranks(tmp_path: Path) -> N
         return real(path, *args, **kwargs)
 
     def be_rank() -> tuple[str, list[int]]:
-        ranks = connect(timeout_minutes=0.5)
+        ranks = connect(timeout_minutes=5)
         fragments = [Fragment("weight/a", (2,), ranks.rank, torch.ones(1))]
         saver = Saver(checkpoints, ranks, snapshot=Snapshot(fragments))
         saver.start(1, fragments, ABOUT)

@@ -33,7 +33,7 @@ def test_no_rank_waits_for_one_without_tokens_or_whose_batch_is_padding(
     config = tiny_run(tmp_path, parallel=parallel)
 
     def starve() -> Any:
-        ranks = join(parallel, timeout_minutes=1)
+        ranks = join(parallel, timeout_minutes=5)
         engine = Engine(config, ranks)
         reports = []
         for step in range(3):
@@ -48,7 +48,7 @@ def test_no_rank_waits_for_one_without_tokens_or_whose_batch_is_padding(
         return [(report.is_applied, report.load) for report in reports]
 
     with mock.patch.object(Router, "forward", to_the_first_experts):
-        for is_applied, load in run_ranks(2, starve, seconds=60)[0]:
+        for is_applied, load in run_ranks(2, starve, seconds=300)[0]:
             assert is_applied
             assert (load[:, :2] > 0).all()
             assert (load[:, 2:] == 0).all(), "the second rank's experts got a token"

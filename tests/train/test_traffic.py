@@ -46,7 +46,7 @@ def count_messages(config: RunConfig, num_ranks: int) -> Counter[str]:
 
             return mock.patch.object(dist, name, call)
 
-        ranks = join(config.parallel, timeout_minutes=1)
+        ranks = join(config.parallel, timeout_minutes=5)
         engine = Engine(config, ranks)
         batches = random_batches(
             0,

@@ -124,7 +124,7 @@ def run_on(
     config.evaluation.max_sequences = 6  # the last batch of a replica is partly padding
     check_run(config, num_ranks=num_ranks)
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-    run_ranks(num_ranks, lambda: train(config, join(config.parallel, timeout_minutes=1)))
+    run_ranks(num_ranks, lambda: train(config, join(config.parallel, timeout_minutes=5)))
     return {
         f"{event} {record['step']}": record
         for event in ("step", "evaluation")

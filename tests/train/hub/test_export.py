@@ -168,7 +168,7 @@ def test_any_layout_s_checkpoint_is_exported(
 
 
 def train_on_rank(config: RunConfig) -> None:
-    train_run(config, join(config.parallel, timeout_minutes=0.5))
+    train_run(config, join(config.parallel, timeout_minutes=5))
 
 
 @torch.no_grad()
