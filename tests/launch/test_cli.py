@@ -57,7 +57,9 @@ def test_commands_work_from_any_folder_whatever_it_holds(tmp_path: Path) -> None
     assert "dim: 64" in output
 
 
-def test_evaluate_without_any_run_says_so(tmp_path: Path) -> None:
-    code, output = thrifty("evaluate", cwd=tmp_path)
-    assert code == 2
-    assert "give run_dir=FOLDER" in output
+def test_evaluate_without_any_run_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "evaluate") == 2
+    assert "give run_dir=FOLDER" in capsys.readouterr().err

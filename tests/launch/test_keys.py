@@ -47,6 +47,7 @@ def test_the_committed_reference_is_what_the_code_says() -> None:
     assert page.read_text() == layout_page.write_page(), f"run `make docs` and commit {page}"
 
 
+@pytest.mark.slow
 def test_the_costs_of_layouts_in_the_docs_are_what_the_code_says() -> None:
     page = layout_costs.PAGE.read_text()
     assert page == layout_costs.write_page(page), f"run `make docs` and commit {layout_costs.PAGE}"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import cli
 from launch.config import PdshLaunch
 from launch.job_commands import pdsh_files
 from launch.network import rounds
@@ -25,6 +26,7 @@ from tests.launch.test_train import SECONDS, find_ranks, num_steps, wait_until
 SLURM = ["launch=slurm", "launch.nodes=2", "launch.processes=4", "parallel.expert=2"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_started_again_and_ends_as_if_nothing_had_happened(
     smoke: list[str], tmp_path: Path
 ) -> None:
@@ -71,12 +73,18 @@ def test_a_mistake_that_would_recur_is_not_tried_again(smoke: list[str], tmp_pat
     assert output.count("  started ") == 1
 
 
-def test_train_refuses_nodes_that_it_does_not_start(tmp_path: Path) -> None:
-    code, output = thrifty(
-        "train", "experiment=smoke", "launch=ssh", "launch.hosts=[a]", cwd=tmp_path
-    )
-    assert code == 2, output
-    assert "use thrifty launch" in output
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """`thrifty ARGUMENTS` in this process."""
+    monkeypatch.setattr("sys.argv", ["thrifty", *arguments])
+    return cli.main()
+
+
+def test_train_refuses_nodes_that_it_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "train", "experiment=smoke", "launch=ssh", "launch.hosts=[a]") == 2
+    assert "use thrifty launch" in capsys.readouterr().err
 
 
 def test_a_dry_run_shows_commands_without_secrets_and_writes_nothing(
@@ -122,9 +130,11 @@ def test_no_secret_stands_on_a_command_line_or_in_a_file_of_another_launcher(
             assert "OMP_NUM_THREADS=3\n" in text
 
 
-def test_launch_help_lists_every_way_and_key(tmp_path: Path) -> None:
-    code, output = thrifty("launch", "--help", cwd=tmp_path)
-    assert code == 0
+def test_launch_help_lists_every_way_and_key(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "launch", "--help") == 0
+    output = capsys.readouterr().out
     for word in ("launch=ssh", "launch=slurm", "launch.supervision.max_restarts", "--dry-run"):
         assert word in output
 

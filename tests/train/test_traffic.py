@@ -73,7 +73,10 @@ def count_messages(config: RunConfig, num_ranks: int) -> Counter[str]:
         (2, 2, {"zero_stage": 2}, "bf16"),
         pytest.param(2, 1, {"zero_stage": 1, "expert": 2}, "fp32", marks=pytest.mark.slow),
         pytest.param(2, 1, {"zero_stage": 1, "expert": 2}, "fp8", marks=pytest.mark.slow),
-        (2, 2, {"zero_stage": 1, "expert": 2, "recompute": Recompute.full}, "bf16"),
+        pytest.param(
+            *(2, 2, {"zero_stage": 1, "expert": 2, "recompute": Recompute.full}, "bf16"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_step_sends_what_is_planned(
