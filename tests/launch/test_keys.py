@@ -1,5 +1,7 @@
 from dataclasses import dataclass
 
+import pytest
+
 from launch import layout_costs, layout_page
 from launch.config import LaunchedRun
 from launch.keys import Key, list_keys, read_comments

@@ -88,7 +88,12 @@ MORE_LAYOUTS = (
 
 @pytest.mark.parametrize(
     ("num_ranks", "layout"),
-    [*LAYOUTS, *(pytest.param(*layout, marks=pytest.mark.slow) for layout in MORE_LAYOUTS)],
+    # The larger part of the shorter list, too, is for `make test-all`.
+    [
+        pytest.param(*layout, marks=[pytest.mark.slow] * (i % 3 != 0))
+        for i, layout in enumerate(LAYOUTS)
+    ]
+    + [pytest.param(*layout, marks=pytest.mark.slow) for layout in MORE_LAYOUTS],
 )
 def test_every_layout_equals_one_rank(
     tmp_path: Path, reference: Trained, num_ranks: int, layout: dict[str, Any]

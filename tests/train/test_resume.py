@@ -136,7 +136,16 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("kill", KILLS)
+SLOW_KILLS = {
+    "rank 1 in step 4, before its backward pass",
+    "rank 0 before the manifest of step 4",
+    "rank 0 before the rename of step 4",
+}
+
+
+@pytest.mark.parametrize(
+    "kill", [pytest.param(k, marks=[pytest.mark.slow] * (k in SLOW_KILLS)) for k in KILLS]
+)
 def test_a_killed_run_resumes_bit_for_bit(
     config: RunConfig, undisturbed: RunConfig, kill: str
 ) -> None:
@@ -264,7 +273,10 @@ def test_a_finished_run_started_again_does_nothing(undisturbed: RunConfig) -> No
     assert read_steps(undisturbed) == before
 
 
-@pytest.mark.parametrize(("num_ranks", "expert"), [(1, 1), (2, 1), (4, 4)])
+@pytest.mark.parametrize(
+    ("num_ranks", "expert"),
+    [(2, 1), *(pytest.param(*more, marks=pytest.mark.slow) for more in ((1, 1), (4, 4)))],
+)
 def test_another_layout_continues_the_run(
     config: RunConfig, undisturbed: RunConfig, num_ranks: int, expert: int
 ) -> None:

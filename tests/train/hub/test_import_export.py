@@ -38,6 +38,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return cli.main()
 
 
+@pytest.mark.slow
 def test_a_published_model_is_imported_trained_exported_and_served(
     published: Path,
     tmp_path: Path,
