@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data.config import MixtureData, find_folder
+from data.mirror import is_remote
 from data.prepare import prepare
 from launch.compose import Job, to_config
 from launch.config import LaunchedRun, LocalLaunch, check_launched
@@ -33,7 +34,7 @@ def settle(job: Job) -> LaunchedRun:
     # Later commands may come from elsewhere; they read where the corpus is in the run's config.
     config.data.folder = str(find_folder(config.data).absolute())
     if isinstance(config.data, MixtureData):
-        for source in config.data.sources:
+        for source in (each for each in config.data.sources if not is_remote(each.folder)):
             source.folder = str(find_folder(source).absolute())
     if not isinstance(config.launch, LocalLaunch):  # ranks elsewhere start in other folders
         config = dataclasses.replace(config, run_dir=str(Path(config.run_dir).absolute()))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.blend import SourceConfig, StageConfig
-from data.config import DataConfig, MixtureData, Verify, find_folder
+from data.config import DataConfig, MixtureData, Verify
 from data.fim import FimConfig, FimMode
 from data.mixture import Row
 from data.packing import Packing
@@ -145,7 +145,7 @@ def _as_blended(config: DataConfig, blend: dict[str, Any]) -> DataConfig:
     sources = [
         SourceConfig(
             name=name,
-            folder=str(find_folder(SourceConfig(name=name, folder=folders[name], weight=1))),
+            folder=folders[name],
             weight=about["weight"],
             max_epochs=about["max_epochs"],
         )

@@ -51,8 +51,9 @@ def train_on(config: RunConfig, num_ranks: int) -> dict[int, list[list[int]]]:
 
 
 @pytest.fixture
-def config(corpus: Path, tmp_path: Path) -> RunConfig:
-    """A run over two sources, of which it knows by its own mixture."""
+def config(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """A run over two sources, one of them behind a URL, of which it knows by its own mixture."""
+    monkeypatch.setenv("THRIFTY_CACHE", str(tmp_path / "cache"))
     config = tiny_run(tmp_path)
     other = replace(
         config.data,
@@ -66,10 +67,11 @@ def config(corpus: Path, tmp_path: Path) -> RunConfig:
     config.data = MixtureData(
         folder=str(tmp_path / "mixture"),
         sources=[
-            SourceConfig(name="a", folder=str(corpus), weight=0.6),
+            SourceConfig(name="a", folder=f"file://{corpus}", weight=0.6),
             SourceConfig(name="b", folder=other.folder, weight=0.4),
         ],
         seq_len=16,
+        cache_bytes=0,
     )
     prepare(config.data)
     Path(config.run_dir).mkdir()

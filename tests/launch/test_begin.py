@@ -1,0 +1,32 @@
+"""What a run's config says once it is settled, seen by later commands in other folders."""
+
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from data.config import MixtureData
+from launch.begin import settle
+from launch.compose import Job, run_jobs
+from launch.config import LaunchedRun
+from train.outcome import ExitCode
+
+
+def test_local_sources_become_absolute_and_urls_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settled = []
+
+    def keep(job: Job) -> ExitCode:
+        settled.append(settle(job))
+        return ExitCode.FINISHED
+
+    near, far = "{name: near, folder: b/c, weight: 1}", "{name: far, folder: 's3://b/c', weight: 1}"
+    command = ["thrifty train", "experiment=smoke", "data=mixture", "run_dir=run"]
+    with mock.patch("sys.argv", [*command, f"data.sources=[{near},{far}]"]):
+        run_jobs(keep, schema=LaunchedRun)
+    (config,) = settled
+    assert isinstance(config.data, MixtureData)
+    assert [source.folder for source in config.data.sources] == [str(tmp_path / "b/c"), "s3://b/c"]
+    assert config.data.folder == str(tmp_path / "corpora/mixture")
