@@ -8,11 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+PARTIAL = ".partial"
+
 
 @contextmanager
-def write_aside(path: Path) -> Iterator[IO[bytes]]:
-    """A file opened beside `path`, flushed to disk and renamed to it if no exception is raised."""
-    aside = path.with_name(path.name + ".partial")
+def write_aside(path: Path, *, alone: bool = True) -> Iterator[IO[bytes]]:
+    """A file opened beside `path`, flushed to disk and renamed to it if no exception is raised.
+
+    Not `alone` are processes that may write the same content to `path` at once: each has a file
+    of its own, which stays behind if it is killed.
+    """
+    process = "" if alone else f".{os.uname().nodename}-{os.getpid()}"
+    aside = path.with_name(path.name + process + PARTIAL)
     try:
         with open(aside, "wb") as file:
             yield file

@@ -7,7 +7,9 @@ a step in one request of many ranges. Documents come in random order from all sh
 one shard for another would only copy more. (fsspec's own caches of files have no bound.)
 """
 
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,13 @@ import fsspec
 import numpy as np
 import numpy.typing as npt
 
-from data.atomic_file import write_aside
+from data.atomic_file import PARTIAL, write_aside
 from data.manifest import FILE, FileRecord, Manifest, ShardRecord, read_manifest
 from data.mirror import mirror_folder
 from data.shards import DTYPES, INT32, UINT16
 
 COPIED_AT_ONCE = 2**24  # bytes
+LEFT_SECONDS = 3600  # since a copy was last written to, after which nobody is making it
 
 
 class RemoteCorpus:
@@ -39,11 +42,22 @@ class RemoteCorpus:
         self._files, self._root = fsspec.url_to_fs(self.url)
 
     def read_manifest(self) -> Manifest:
-        """The manifest; it and all small files are local afterwards."""
+        """The manifest; it and all small files are local afterwards.
+
+        Raises:
+            ValueError: The local copies are another corpus'.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / FILE).is_file():
-            with write_aside(self.folder / FILE) as file:
-                file.write(self._files.cat_file(f"{self._root}/{FILE}"))
+        self._remove_leftovers()
+        content, path = self._files.cat_file(f"{self._root}/{FILE}"), self.folder / FILE
+        if not path.is_file():
+            with write_aside(path, alone=False) as file:
+                file.write(content)
+        elif path.read_bytes() != content:
+            raise ValueError(
+                f"{self.folder} holds copies of another corpus than lies behind {self.url} now; "
+                "put that one back, or delete the folder to copy the new one"
+            )
         manifest = read_manifest(self.folder)
         for split in (manifest.train, manifest.validation):
             for record in (split.unigram, split.index, split.prompts):
@@ -69,7 +83,7 @@ class RemoteCorpus:
         digest = sha256()
         with (
             self._files.open(f"{self._root}/{record.name}", "rb") as source,
-            write_aside(path) as file,
+            write_aside(path, alone=False) as file,
         ):
             while part := source.read(COPIED_AT_ONCE):
                 digest.update(part)
@@ -80,6 +94,13 @@ class RemoteCorpus:
                     "corpus there again"
                 )
         return path
+
+    def _remove_leftovers(self) -> None:
+        """Remove what processes were copying when they were killed."""
+        for path in self.folder.glob(f"*{PARTIAL}"):
+            with suppress(FileNotFoundError):  # another rank may remove it too
+                if time.time() - path.stat().st_mtime > LEFT_SECONDS:
+                    path.unlink()
 
     def open(self, shard: ShardRecord) -> "RemoteTokens":
         """The tokens of a shard without a copy."""

@@ -1,14 +1,18 @@
 """A source behind a URL is read as if it were local, within a bound of disk, or says why not."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import fsspec
 import pytest
 
+from data.atomic_file import write_aside
 from data.blend import SourceConfig
 from data.config import MixtureData, check_data
 from data.fim import FimConfig
+from data.mirror import mirror_folder
 from data.position import Position
 from data.prepare import Prepared, prepare
 from data.retry import RetryConfig
@@ -87,6 +91,43 @@ def test_a_copy_that_is_not_what_was_prepared_is_refused(url: str, tmp_path: Pat
     content = files.cat_file(f"{root}/train-00000.bin")
     files.pipe_file(f"{root}/train-00000.bin", bytes(2) + content[2:])
     with pytest.raises(ValueError, match=r"train-00000\.bin does not match its sha256"):
+        read(config)
+
+
+def test_ranks_that_copy_a_file_at_once_do_not_take_it_from_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "copy"
+    with write_aside(path, alone=False) as one, mock.patch("os.getpid", lambda: -1):
+        one.write(b"half, ")
+        with write_aside(path, alone=False) as other:
+            other.write(b"half, whole")
+        assert path.read_bytes() == b"half, whole"
+        one.write(b"whole")
+    assert path.read_bytes() == b"half, whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_copies_that_were_cut_off_are_removed_but_not_one_that_is_being_made(
+    url: str, tmp_path: Path
+) -> None:
+    folder = mirror_folder(url)
+    folder.mkdir(parents=True)
+    left, made = folder / "train-00000.bin.a-1.partial", folder / "train-00000.bin.a-2.partial"
+    left.touch()
+    made.touch()
+    os.utime(left, (0, 0))
+    prepare(mixture(tmp_path / "mixture", url))
+    assert not left.exists()
+    assert made.exists()
+
+
+def test_another_corpus_behind_the_url_is_not_mixed_with_the_copies_of_the_first(
+    url: str, tmp_path: Path
+) -> None:
+    config = mixture(tmp_path / "mixture", url)
+    prepare(config)
+    files, root = fsspec.url_to_fs(url)
+    files.pipe_file(f"{root}/manifest.json", files.cat_file(f"{root}/manifest.json") + b"\n")
+    with pytest.raises(ValueError, match=r"cache/corpus-.* holds copies of another .* delete the"):
         read(config)
 
 
