@@ -70,14 +70,19 @@ class _Numbers:
         self.all = np.frombuffer(mapped, dtype)
 
     def take(self, places: Numbers, count: int) -> Numbers:
-        """The `count` numbers from each place on, [N, count]."""
+        """The `count` numbers from each place on, [N, count].
+
+        Raises:
+            OSError: The file is shorter than it was.
+        """
         if self.all.nbytes <= KEEP_MAPPED:
             return self.all[places[:, None] + np.arange(count)].astype(np.int64)
         taken = np.empty((len(places), count), self.all.dtype)
         content, size = taken.data.cast("B"), self.all.itemsize
         for k, place in enumerate(places.tolist()):
             own = content[k * count * size : (k + 1) * count * size]
-            os.preadv(self._file.fileno(), [own], place * size)
+            if os.preadv(self._file.fileno(), [own], place * size) != len(own):
+                raise OSError(f"{self._file.name} is shorter than it was")
         return taken.astype(np.int64)
 
 

@@ -1,5 +1,6 @@
 """The index tells the same of a document whether it is mapped or read."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -25,3 +26,16 @@ def test_a_large_index_is_read_as_a_small_one_is_mapped(
     assert large.lengths.tolist() == lengths[wanted].tolist()
     assert large.prompts.tolist() == (lengths[wanted] // 2).tolist()
     assert MappedIndex(starts, None).find(wanted).prompts.tolist() == [0] * 5
+
+
+def test_a_large_index_that_was_cut_short_is_an_error_and_no_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "KEEP_MAPPED", 0)
+    starts = tmp_path / "starts"
+    np.arange(100).astype("<i8").tofile(starts)
+    index = MappedIndex(starts, None)
+    os.truncate(starts, 8 * 51 + 4)
+    assert index.find(np.array([49])).starts.tolist() == [49]
+    with pytest.raises(OSError, match="starts is shorter than it was"):
+        index.find(np.array([49, 50]))
