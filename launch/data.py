@@ -1,5 +1,6 @@
 """`thrifty data show|stats run=RUN`: look at what a run reads."""
 
+import html
 import sys
 from dataclasses import dataclass
 from enum import StrEnum
@@ -99,7 +100,7 @@ def summarise(config: LookConfig, run_dir: Path) -> tuple[str, str, str]:
         parts.append("<h2>Tokens read, share by source</h2>" + bars(shares, form="{:.2f} %"))
     for source in sources:
         name = f"{source.name}: documents by length in tokens (of {source.looked_at:,} looked at)"
-        parts.append(f"<h2>{name}</h2>" + bars(source.lengths))
+        parts.append(f"<h2>{html.escape(name)}</h2>" + bars(source.lengths))
         lines += ["", name, *(f"  {label:>17} {n:>12,}" for label, n in source.lengths.items())]
     return title, "\n".join([title, "", *lines]), "\n".join(parts)
 

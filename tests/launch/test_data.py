@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from string import ascii_letters
@@ -11,7 +12,8 @@ from unittest import mock
 import pytest
 
 from data.batches import Batches
-from data.config import FilesData
+from data.blend import SourceConfig
+from data.config import FilesData, MixtureData
 from data.position import Position
 from data.prepare import prepare
 from data.samples import IGNORED
@@ -112,6 +114,18 @@ def test_stats_count_lengths_shares_and_duplicates(
     page = tmp_path / "page.html"
     assert look("stats", f"run={run.run_dir}", f"page={page}") == 0
     assert page.read_text().count("<svg") == 1  # nothing is read yet: no shares
+
+
+def test_a_sources_name_is_text_on_the_page(run: RunConfig, tmp_path: Path) -> None:
+    sources = [SourceConfig(name="<script>", folder=run.data.folder, weight=1)]
+    data = MixtureData(folder=str(tmp_path / "mixture"), sources=sources, seq_len=64)
+    prepare(data)
+    config = replace(run, run_dir=str(tmp_path / "run"), data=data)
+    write_config(config, _folder(config) / "config.yaml")
+    page = tmp_path / "page.html"
+    assert look("stats", f"run={config.run_dir}", f"page={page}") == 0
+    assert "<script>" not in page.read_text()
+    assert "&lt;script&gt;: documents" in page.read_text()
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
