@@ -8,8 +8,8 @@ one shard for another would only copy more. (fsspec's own caches of files have n
 """
 
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,7 @@ class RemoteCorpus:
     """The files of a prepared corpus behind a URL.
 
     Raises:
-        OSError: They can't be read.
-        ValueError: A copied file is not the one that was prepared.
+        OSError: They can't be read, or a copied file is not the one that was prepared.
     """
 
     def __init__(self, url: str, *, cache_bytes: int) -> None:
@@ -49,7 +48,9 @@ class RemoteCorpus:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
-        content, path = self._files.cat_file(f"{self._root}/{FILE}"), self.folder / FILE
+        path = self.folder / FILE
+        with _as_os_error():
+            content = self._files.cat_file(f"{self._root}/{FILE}")
         if not path.is_file():
             with write_aside(path, alone=False) as file:
                 file.write(content)
@@ -82,6 +83,7 @@ class RemoteCorpus:
             return path
         digest = sha256()
         with (
+            _as_os_error(),
             self._files.open(f"{self._root}/{record.name}", "rb") as source,
             write_aside(path, alone=False) as file,
         ):
@@ -89,7 +91,7 @@ class RemoteCorpus:
                 digest.update(part)
                 file.write(part)
             if digest.hexdigest() != record.sha256:
-                raise ValueError(
+                raise OSError(
                     f"{self.url}/{record.name} does not match its sha256 in {FILE}; copy the "
                     "corpus there again"
                 )
@@ -121,7 +123,8 @@ class RemoteTokens:
         span = where.start * size, where.stop * size
         content = self._fetched.get(span)
         if content is None:
-            content = self.files.cat_file(self.path, *span)
+            with _as_os_error():
+                content = self.files.cat_file(self.path, *span)
         if len(content) != span[1] - span[0]:
             raise OSError(f"{self.path} is shorter than the corpus' manifest says")
         return np.frombuffer(content, self.dtype)
@@ -132,21 +135,41 @@ class RemoteTokens:
 
 
 def fetch(wanted: Iterable[tuple[RemoteTokens, int, int]]) -> None:
-    """Bring ranges [start, stop) of tokens here, those of one file system in one request."""
+    """Bring ranges [start, stop) of tokens here, those of one file system in one request.
+
+    Raises:
+        OSError: They can't be read.
+    """
     by_system: dict[int, list[tuple[RemoteTokens, int, int]]] = {}
     for tokens, start, stop in wanted:
         size = tokens.dtype.itemsize
         by_system.setdefault(id(tokens.files), []).append((tokens, start * size, stop * size))
     for ranges in by_system.values():
         files = ranges[0][0].files
-        contents = files.cat_ranges(
-            [tokens.path for tokens, _, _ in ranges],
-            [start for _, start, _ in ranges],
-            [stop for _, _, stop in ranges],
-            on_error="raise",
-        )
+        with _as_os_error():
+            contents = files.cat_ranges(
+                [tokens.path for tokens, _, _ in ranges],
+                [start for _, start, _ in ranges],
+                [stop for _, _, stop in ranges],
+                on_error="raise",
+            )
+            for content in contents:
+                if isinstance(content, Exception):  # fsspec 2024.2 returns those of HTTP and S3
+                    raise content
         by_file: dict[int, dict[tuple[int, int], bytes]] = {}
         for (tokens, *span), content in zip(ranges, contents, strict=True):
             by_file.setdefault(id(tokens), {})[span[0], span[1]] = content
         for tokens in {id(tokens): tokens for tokens, _, _ in ranges}.values():
             tokens.keep(by_file[id(tokens)])
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """File systems raise what their clients do (aiohttp's errors are no OSErrors); the run saves
+    and stops at an OSError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(str(error) or repr(error)) from error

@@ -37,6 +37,7 @@ class TokenStream:
     Raises:
         ValueError: Unfinished or corrupted corpus, naming the file; a tokenizer other than
             `tokenizer_fingerprint`, if one is given.
+        OSError: On reading, a shard can't be opened or is damaged.
     """
 
     def __init__(
@@ -166,7 +167,7 @@ class TokenStream:
         if number not in self._dtypes:
             self._dtypes[number] = self._open_shard(number).tokens.dtype
             if self._dtypes[number] != self.dtype:
-                raise ValueError(
+                raise OSError(
                     f"{self._folder}: the shards {self._shards[0].name} and "
                     f"{self._shards[number].name} hold tokens of two types; prepare it again"
                 )
@@ -180,9 +181,12 @@ class TokenStream:
 
     def _open_shard(self, number: int) -> Shard:
         record = self._shards[number]
-        shard = Shard(self._folder / record.name)
+        try:
+            shard = Shard(self._folder / record.name)
+        except ValueError as error:  # in the midst of a run, which saves and stops at an OSError
+            raise OSError(str(error)) from error
         if (len(shard.tokens), shard.num_documents) != (record.tokens, record.documents):
-            raise ValueError(
+            raise OSError(
                 f"{self._folder / record.name}.idx lists {shard.num_documents} documents and "
                 f"{len(shard.tokens)} tokens, the manifest {record.documents} and "
                 f"{record.tokens}: the shard is corrupted; prepare the corpus again"

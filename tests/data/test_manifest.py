@@ -90,7 +90,7 @@ def test_a_corpus_of_another_tokenizer_is_refused(corpus: Path) -> None:
 def test_an_index_that_is_damaged_is_found_without_hashes(corpus: Path) -> None:
     flip_bit(corpus / "train-00000.idx", 0)
     stream = TokenStream(corpus, Split.train, verify=Verify.fast)
-    with pytest.raises(ValueError, match=r"train-00000\.idx is not a Megatron index"):
+    with pytest.raises(OSError, match=r"train-00000\.idx is not a Megatron index"):
         stream.read(0, 10)
 
 
