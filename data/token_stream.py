@@ -124,8 +124,11 @@ class TokenStream:
         self.tokens.cache_clear()
 
     def find_fault(self, shards: set[int]) -> str | None:
-        """What is wrong with the files of some shards, if that can be seen."""
+        """What is wrong with the files of some shards, if that can be seen; of those without a
+        local copy it can't."""
         for number in sorted(shards):
+            if self._remote is not None and not self._is_kept[number]:
+                continue
             record = self._shards[number]
             path = self._folder / record.bin.name
             try:

@@ -1,6 +1,7 @@
 """A source behind a URL is read as if it were local, within a bound of disk, or says why not."""
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -84,6 +85,23 @@ def test_a_remote_shard_that_vanishes_is_tried_again_and_then_named(
     assert "attempt 1 of 2" in caplog.text
 
 
+def test_a_fault_beside_remote_shards_is_named_and_not_their_missing_copies(
+    url: str, prepared: Prepared, tmp_path: Path
+) -> None:
+    near = shutil.copytree(prepared.folder, tmp_path / "near")
+    patience = RetryConfig(attempts=1, wait_seconds=0)
+    config = mixture(tmp_path / "mixture", url, cache_bytes=0, retry=patience, fim=FimConfig())
+    config.sources.append(SourceConfig(name="b", folder=str(near), weight=1))
+    prepare(config)
+    data = TrainingData(config, seed=4)
+    rows = data.draw(data.enter(Position()), 60).rows
+    data.read(rows, 60)
+    for path in near.glob("train-*.bin"):
+        os.truncate(path, 0)
+    with pytest.raises(OSError, match=r"near/train-0000\d\.bin has 0 bytes"):
+        data.read(rows, 60)
+
+
 def test_a_copy_that_is_not_what_was_prepared_is_refused(url: str, tmp_path: Path) -> None:
     patience = RetryConfig(attempts=2, wait_seconds=0.001)
     config = mixture(tmp_path / "mixture", url, retry=patience)
@@ -127,7 +145,7 @@ def test_a_clients_own_error_is_one_that_a_run_is_saved_at(
 
 def test_ranks_that_copy_a_file_at_once_do_not_take_it_from_each_other(tmp_path: Path) -> None:
     path = tmp_path / "copy"
-    with write_aside(path, alone=False) as one, mock.patch("os.getpid", lambda: -1):
+    with write_aside(path, alone=False) as one, mock.patch("os.getpid", return_value=-1):
         one.write(b"half, ")
         with write_aside(path, alone=False) as other:
             other.write(b"half, whole")
