@@ -2,10 +2,12 @@
 
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -35,10 +37,26 @@ def take_steps(watchdog: Watchdog) -> None:
         watchdog.note_step(step)
 
 
+def kill_after_the_other(folder: Path) -> None:
+    """SIGKILL for rank 1, which is stopped, once rank 0 has gone."""
+    while not all((folder / name).exists() for name in ("pid-0", "pid-1")):
+        time.sleep(0.1)
+    first, stopped = (int((folder / name).read_text()) for name in ("pid-0", "pid-1"))
+    while psutil.pid_exists(first):
+        time.sleep(0.1)
+    os.kill(stopped, signal.SIGKILL)
+
+
+@pytest.mark.slow
 def test_a_stopped_rank_is_named_by_the_one_that_waits_for_it(tmp_path: Path) -> None:
+    patient = replace(QUICK, min_seconds=5.0, gather_seconds=5.0)
+
     def train() -> None:
         ranks = connect(timeout_minutes=1)
-        with Watchdog(QUICK, run_dir=tmp_path, ranks=ranks) as watchdog:
+        pid = tmp_path / f"pid-{ranks.rank}.partial"
+        pid.write_text(str(os.getpid()))
+        pid.rename(pid.with_suffix(""))
+        with Watchdog(patient, run_dir=tmp_path, ranks=ranks) as watchdog:
             take_steps(watchdog)
             time.sleep(0.5)  # heartbeats
             if ranks.rank == 1:
@@ -46,8 +64,9 @@ def test_a_stopped_rank_is_named_by_the_one_that_waits_for_it(tmp_path: Path) ->
             with HERE.doing("dispatch", "layers.1.ffn", sent=[1, 2]):
                 dist.barrier()
 
+    threading.Thread(target=kill_after_the_other, args=(tmp_path,), daemon=True).start()
     with pytest.raises(AssertionError, match=r"exit codes of the ranks: \[76, -9\]"):
-        run_ranks(2, train, seconds=12)
+        run_ranks(2, train, seconds=120)
     found = read_explanation(tmp_path, attempt=0)
     assert found is not None
     assert found.missing == [1]
