@@ -14,6 +14,8 @@ from train.config import CONFIG_FILE, RunConfig, write_config
 from train.journal import METRICS_FILE
 from train.outcome import ExitCode, Status, read_outcome
 
+SECONDS = 600  # a safety net: what is awaited takes a few when the machine is idle
+
 
 @pytest.fixture
 def config(corpus: Path, tmp_path: Path) -> RunConfig:
@@ -41,11 +43,17 @@ def test_sigterm_saves_and_exits_with_the_code_that_means_start_me_again(
     config.checkpoint.every = 100_000
     process = start(config)
     metrics = Path(config.run_dir) / METRICS_FILE
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + SECONDS
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+            if process.poll() is not None:
+                break
+            time.sleep(0.1)
+        assert process.poll() is None, process.communicate()
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=SECONDS)
+    finally:
+        process.kill()
     assert process.returncode == ExitCode.INTERRUPTED, err
     outcome = read_outcome(Path(config.run_dir))
     assert outcome is not None
@@ -58,7 +66,10 @@ def test_sigterm_saves_and_exits_with_the_code_that_means_start_me_again(
 def test_a_mistake_ends_with_its_message_and_no_traceback(config: RunConfig) -> None:
     config.data.folder = "/nowhere"
     process = start(config)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=SECONDS)
+    finally:
+        process.kill()
     assert process.returncode == ExitCode.FAILED
     assert "data.folder=/nowhere" in err
     assert "Traceback" not in err
