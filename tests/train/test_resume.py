@@ -197,12 +197,23 @@ def test_sigterm_while_a_save_is_in_flight_finishes_both(
 
 
 def test_kill_while_a_save_is_in_flight_goes_back_to_the_one_before(
-    config: RunConfig, undisturbed: RunConfig
+    config: RunConfig, undisturbed: RunConfig, tmp_path: Path
 ) -> None:
     """Rank 0 dies in step 4, long after it has written its part of step 2."""
+    dying = tmp_path / "dying"
+
+    def write_after_the_death(*args: Any, **kwargs: Any) -> Any:
+        deadline = time.monotonic() + 50
+        while os.environ["RANK"] == "1" and not dying.exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return train.tensor_file.write_tensors(*args, **kwargs)
+
+    def announce(*_: Any, **__: Any) -> None:
+        dying.touch()
+
     with (
-        mock.patch.object(train.checkpoint, "write_tensors", slow_write),
-        kill_at_call(train.update, "move_biases", call=4, rank=0),
+        mock.patch.object(train.checkpoint, "write_tensors", write_after_the_death),
+        kill_at_call(train.update, "move_biases", call=4, rank=0, before=announce),
         pytest.raises(AssertionError, match="exit codes"),
     ):
         start(config)
