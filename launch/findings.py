@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 WIDTH = 120
@@ -41,26 +42,25 @@ def report(findings: Findings) -> None:
     """A row per check and a column per node, then a way out for each red."""
     table = Table("check", box=box.SIMPLE)
     for host in findings.hosts:
-        table.add_column(host)
+        table.add_column(escape(host))
     cells: dict[str, dict[str, Finding]] = {}
     for finding in findings.findings:
         cells.setdefault(finding.check, {})[finding.host] = finding
     for check, row in cells.items():
-        table.add_row(check, *(_cell(row.get(host)) for host in findings.hosts))
+        table.add_row(escape(check), *(_cell(row.get(host)) for host in findings.hosts))
     console = Console(width=max(WIDTH, 24 * (len(findings.hosts) + 1)), stderr=True)
     console.print(table)
     for note in findings.notes:
         console.print(note, soft_wrap=True, highlight=False, markup=False)
     for finding in findings.findings:
         if not finding.is_good:
+            rest = escape(f"{finding.check}: {finding.text}; {finding.way_out}")
             console.print(
-                f"[red]{finding.host}[/]: {finding.check}: {finding.text}; {finding.way_out}",
-                soft_wrap=True,
-                highlight=False,
+                f"[red]{escape(finding.host)}[/]: {rest}", soft_wrap=True, highlight=False
             )
 
 
 def _cell(finding: Finding | None) -> str:
     if finding is None:
         return ""
-    return f"[{'green' if finding.is_good else 'red'}]{finding.text}[/]"
+    return f"[{'green' if finding.is_good else 'red'}]{escape(finding.text)}[/]"

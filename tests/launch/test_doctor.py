@@ -6,7 +6,7 @@ import pytest
 
 from launch.config import LaunchedRun
 from launch.doctor import judge_devices
-from launch.findings import Findings
+from launch.findings import Findings, report
 from launch.probe import list_gpus, resolve
 from launch.rates import GB, describe_rates, list_rates
 from tests.command import compose
@@ -70,6 +70,18 @@ def test_gpus_are_those_that_nvidia_smi_lists(
 def test_a_name_on_the_loopback_is_no_place_to_meet() -> None:
     assert resolve("127.0.1.1")["problem"] == "127.0.1.1 is 127.0.1.1 here, the loopback"
     assert resolve("192.0.2.1")["problem"] == ""
+
+
+def test_brackets_in_what_a_node_says_are_printed_as_they_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    problem = "RuntimeError: [/pytorch/third_party/gloo/pair.cc:144] [node1] refused"
+    findings = Findings(["[::1]"])
+    findings.add("network", "[::1]", problem, "", "open [ports] between the nodes")
+    report(findings)
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[-1] == f"[::1]: network: {problem}; open [ports] between the nodes"
+    assert any(problem in line for line in shown[:-1]), "in the table"
 
 
 def test_rates_are_told_for_the_group_and_each_pair_and_the_slowest_link_is_named() -> None:
