@@ -150,7 +150,8 @@ class Supervisor:
 
     def _hear(self, host: str, line: str) -> None:
         """A line that a node's ranks printed: to the terminal, and to the node's log."""
-        print(line, end="", flush=True)
+        with suppress(OSError, ValueError):  # a terminal that is gone must not end the listener
+            print(line, end="", flush=True)
         path = self.run_dir / "logs" / f"node-{host or 'all'}.log"
         with suppress(OSError):
             path.parent.mkdir(exist_ok=True)

@@ -1,6 +1,8 @@
 """Who is named when a start fails, whatever order the nodes' words come in; who starts again."""
 
+import io
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from queue import Queue
@@ -74,6 +76,22 @@ def test_the_death_is_named_that_the_others_followed_from(
     Supervisor(replace(config, run_dir=str(tmp_path)), ScriptedNodes(nodes)).run()
     (failed,) = [moment for moment in read_timeline(tmp_path) if moment.event == "failed"]
     assert (failed.text, failed.hosts) == (reason, [host])
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ValueError("closed file")])
+def test_a_terminal_that_is_gone_ends_no_run(
+    config: LaunchedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    class DeadTerminal(io.StringIO):
+        def write(self, text: str) -> int:
+            raise error
+
+    monkeypatch.setattr(sys, "stdout", DeadTerminal())
+    nodes = [script.format(seconds=0, mark=MARK) for script in (HALF_A_LINE, ERROR)]
+    Supervisor(replace(config, run_dir=str(tmp_path)), ScriptedNodes(nodes)).run()
+    (failed,) = [moment for moment in read_timeline(tmp_path) if moment.event == "failed"]
+    assert failed.text == "a rank on node1 was killed by SIGKILL"
+    assert (tmp_path / "logs/node-node1.log").read_text() == "step 30/120  loss 4.4\n"
 
 
 def test_a_node_that_fails_twice_is_left_out_and_a_limit_ends_the_rest(
