@@ -72,9 +72,9 @@ class Supervisor:
         """One start, from choosing nodes to the end of the last process of it."""
         none = Outcome(status=Status.failed, step=-1)
         nodes = self._choose(self.starter.find_ready())
+        if self.is_stopping:
+            return Outcome(status=Status.interrupted, step=-1, reason="a signal"), None
         if nodes is None:
-            if self.is_stopping:
-                return Outcome(status=Status.interrupted, step=-1, reason="a signal"), None
             return none, Failure("too few nodes answer")
         (self.run_dir / OUTCOME_FILE).unlink(missing_ok=True)
         events: Queue[Event] = Queue()

@@ -78,6 +78,19 @@ def test_the_death_is_named_that_the_others_followed_from(
     assert (failed.text, failed.hosts) == (reason, [host])
 
 
+def test_a_stop_while_nodes_are_asked_starts_nothing(config: LaunchedRun, tmp_path: Path) -> None:
+    class StoppedWhenAsked(ScriptedNodes):
+        def find_ready(self) -> list[Ready]:
+            supervisor.stop()
+            return super().find_ready()
+
+    supervisor = Supervisor(
+        replace(config, run_dir=str(tmp_path)), StoppedWhenAsked(["exit 1", "exit 1"])
+    )
+    assert supervisor.run().status is Status.interrupted
+    assert [moment.event for moment in read_timeline(tmp_path)] == ["interrupted"]
+
+
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ValueError("closed file")])
 def test_a_terminal_that_is_gone_ends_no_run(
     config: LaunchedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
