@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from launch.agent import MARK
 
 FIRST_WORD_SECONDS = 60.0  # that a node may take to start its Python
+STOP_SECONDS = 10.0  # between two requests to stop that each cost a round of ssh or a scancel
 
 Hear = Callable[[str, str], None]  # takes the host (empty where that is not known) and a line
 
@@ -125,11 +126,19 @@ class JobLink(Link):
         signal_ranks: Callable[[str], None],
     ) -> None:
         self.signal_ranks = signal_ranks
+        self._asked: float | None = None  # time.monotonic() of the last request to stop
         super().__init__(hosts, process, events, hear)
 
     def say(self, word: str) -> None:
-        if word != "alive":
-            self.signal_ranks(word)
+        """`alive` is not passed on, nor a `stop` soon after another."""
+        if word == "alive":
+            return
+        asked = self._asked
+        if word == "stop" and asked is not None and time.monotonic() - asked < STOP_SECONDS:
+            return
+        self.signal_ranks(word)
+        if word == "stop":
+            self._asked = time.monotonic()
 
 
 def split_line(line: str) -> tuple[str, dict[str, Any] | None]:

@@ -71,10 +71,12 @@ class Watch:
             if is_stopping() and self._deadline is None:
                 self._deadline = time.monotonic() + self.rules.grace_seconds
                 log.warning("stopping: the ranks finish their step and save")
-                self._say("stop")
+                self._told = 0.0
             if time.monotonic() - self._told > WORD_SECONDS:
-                self._told = time.monotonic()
+                if self._deadline is not None:
+                    self._say("stop")  # again and again: ranks that still started missed it
                 self._say("alive")
+                self._told = time.monotonic()
             self._note_training()
             try:
                 event = self.events.get(timeout=POLL_SECONDS)

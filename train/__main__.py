@@ -15,8 +15,10 @@ from train.agreement import DisagreementError
 from train.checkpoint import SaveError
 from train.config import CONFIG_FILE, RunConfig, check_run, read_config
 from train.engine import join, leave
+from train.interrupt import on_stop_signal
 from train.loop import train
 from train.outcome import ExitCode, Outcome, Status, write_outcome
+from train.ranks import Ranks
 from train.read import DataError
 from train.verify.config import ObservedRun
 from train.verify.rank import OBSERVED_FILE, observe_layout, observe_reference
@@ -44,12 +46,11 @@ def main() -> ExitCode:
         ranks = join(config.parallel, timeout_minutes=TIMEOUT_MINUTES)
         if isinstance(config, ObservedRun):
             outcome = observe_layout(config, ranks)
+            finish(run_dir, outcome, ranks)
         else:
-            outcome = train(config, ranks)
-        if is_first:  # before others exit: their launcher may end this rank as soon as one has
-            write_outcome(run_dir, outcome)
-        ranks.wait()
-        leave()
+            with on_stop_signal(lambda: None):  # one that comes after the loop changes nothing
+                outcome = train(config, ranks)
+                finish(run_dir, outcome, ranks)
         return outcome.exit_code
     except (SaveError, DataError) as error:  # perhaps one node's disk: another start may help
         log.error("%s", error)
@@ -68,6 +69,14 @@ def main() -> ExitCode:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             time.sleep(LAUNCHER_POLL_SECONDS)
         raise
+
+
+def finish(run_dir: Path, outcome: Outcome, ranks: Ranks) -> None:
+    """Leave the outcome for the launcher, then the other ranks."""
+    if ranks.is_first:  # before others exit: their launcher may end this rank as soon as one has
+        write_outcome(run_dir, outcome)
+    ranks.wait()
+    leave()
 
 
 def read_task(run_dir: Path) -> RunConfig:

@@ -11,7 +11,7 @@ import pytest
 
 from launch.agent import MARK
 from launch.config import LaunchedRun
-from launch.link import AgentLink, Event, Hear, Link
+from launch.link import AgentLink, Event, Hear, JobLink, Link
 from launch.starters import Attempt, Ready
 from launch.supervise import Supervisor
 from launch.timeline import read_timeline
@@ -89,6 +89,43 @@ def test_a_stop_while_nodes_are_asked_starts_nothing(config: LaunchedRun, tmp_pa
     )
     assert supervisor.run().status is Status.interrupted
     assert [moment.event for moment in read_timeline(tmp_path)] == ["interrupted"]
+
+
+HARD_OF_HEARING = (
+    'while [ "$count" != xx ] && read word; do [ "$word" = stop ] && count=x$count; done; '
+    'echo \'{mark}{{"event": "ended", "code": 75, "signal": null}}\''
+)
+
+
+def test_a_stop_is_said_again_until_it_is_heard(config: LaunchedRun, tmp_path: Path) -> None:
+    """Ranks that were not there when it was first said missed it."""
+
+    class StoppedAtOnce(ScriptedNodes):
+        def start(self, attempt: Attempt, events: "Queue[Event]", hear: Hear) -> list[Link]:
+            supervisor.stop()
+            return super().start(attempt, events, hear)
+
+    nodes = StoppedAtOnce([HARD_OF_HEARING.format(mark=MARK)] * 2)
+    rules = replace(config.launch.supervision, grace_seconds=20)
+    given = replace(config, run_dir=str(tmp_path), launch=replace(config.launch, supervision=rules))
+    supervisor = Supervisor(given, nodes)
+    outcome = supervisor.run()
+    assert outcome.status is Status.interrupted
+    assert outcome.reason == "stopped before the ranks had saved"
+
+
+def test_a_job_is_asked_to_stop_now_and_then_and_killed_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    process = subprocess.Popen(["true"], text=True, stdout=subprocess.PIPE)
+    words: list[str] = []
+    link = JobLink([], process, Queue(), lambda host, line: None, signal_ranks=words.append)
+    for word in ("alive", "stop", "stop", "kill", "kill"):
+        link.say(word)
+    assert words == ["stop", "kill", "kill"]
+    monkeypatch.setattr("launch.link.STOP_SECONDS", 0.0)
+    link.say("stop")
+    assert words[3:] == ["stop"]
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ValueError("closed file")])
