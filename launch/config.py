@@ -35,6 +35,11 @@ class LaunchConfig:
     def num_ranks(self) -> int:
         return self.nodes * self.processes
 
+    @property
+    def grace_seconds(self) -> float:
+        """Seconds that ranks get to save after they were asked to stop."""
+        return self.supervision.grace_seconds
+
 
 @dataclass(slots=True, kw_only=True)
 class LocalLaunch(LaunchConfig):
@@ -111,6 +116,11 @@ class SlurmLaunch(LaunchConfig):
     options: list[str] = field(default_factory=list)
     #: Network interface of the nodes that ranks talk over; null: the one that leads to the first.
     interface: str | None = None
+
+    @property
+    def grace_seconds(self) -> float:
+        """No longer than until the time limit, at which Slurm ends them and the job."""
+        return min(self.supervision.grace_seconds, self.save_seconds)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -81,7 +81,13 @@ class Supervisor:
         attempt = Attempt(self.run_dir, self.run_id, number, nodes, self.config.launch)
         links = self.starter.start(attempt, events, self._hear)
         watch = Watch(
-            links, events, self.rules, self.timeline, attempt=number, after=self.last_failure
+            links,
+            events,
+            self.rules,
+            self.timeline,
+            attempt=number,
+            grace_seconds=self.config.launch.grace_seconds,
+            after=self.last_failure,
         )
         names = [node.host for node in nodes]
         ranks = len(nodes) * self.config.launch.processes

@@ -18,7 +18,8 @@ class SupervisionConfig:
     max_node_failures: int = 2
     #: Seconds without a word from a node after which it counts as lost.
     lost_after_seconds: float = 20.0
-    #: Seconds that ranks get to save after they were asked to stop.
+    #: Seconds that ranks get to save after they were asked to stop; under Slurm at most
+    #: launch.save_seconds.
     grace_seconds: float = 300.0
 
 

@@ -46,6 +46,7 @@ class Watch:
         timeline: Timeline,
         *,
         attempt: int,
+        grace_seconds: float,  # that ranks get to save after they were asked to stop
         after: Failure | None = None,  # the failure that this start follows on
     ) -> None:
         self.links = links
@@ -53,6 +54,7 @@ class Watch:
         self.rules = rules
         self.timeline = timeline
         self.attempt = attempt
+        self.grace_seconds = grace_seconds
         self.after = after
         self._began = time.time()
         self._told = 0.0  # time.monotonic() of the last sign of life
@@ -69,7 +71,7 @@ class Watch:
     def _until_over(self, is_stopping: Callable[[], bool]) -> Failure | None:
         while True:
             if is_stopping() and self._deadline is None:
-                self._deadline = time.monotonic() + self.rules.grace_seconds
+                self._deadline = time.monotonic() + self.grace_seconds
                 log.warning("stopping: the ranks finish their step and save")
                 self._told = 0.0
             if time.monotonic() - self._told > WORD_SECONDS:
@@ -102,7 +104,7 @@ class Watch:
         if lost:
             return Failure(f"nothing was heard of {', '.join(lost)}", lost)
         if self._deadline is not None and time.monotonic() > self._deadline:
-            return Failure(f"the ranks did not save within {self.rules.grace_seconds:g} s")
+            return Failure(f"the ranks did not save within {self.grace_seconds:g} s")
         # Behind somebody else's launcher a rank that is stopped keeps the whole start from ending.
         stall = read_explanation(self.timeline.run_dir, attempt=self.attempt)
         return Failure(stall.summary) if stall is not None else None

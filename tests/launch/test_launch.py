@@ -171,6 +171,13 @@ def test_what_slurm_would_misread_is_refused(
     assert message in capsys.readouterr().err
 
 
+def test_a_job_of_slurm_waits_no_longer_for_a_save_than_its_time_limit() -> None:
+    given = ["experiment=smoke", *SLURM, "schedule.batch_size=16"]
+    assert compose(*given, "launch.save_seconds=60").launch.grace_seconds == 60
+    assert compose(*given, "launch.save_seconds=900").launch.grace_seconds == 300
+    assert compose("experiment=smoke").launch.grace_seconds == 300
+
+
 def test_waits_double_up_to_their_limit() -> None:
     rules = SupervisionConfig(backoff_seconds=5, max_backoff_seconds=30)
     assert [backoff(rules, failures) for failures in range(1, 6)] == [5, 10, 20, 30, 30]
