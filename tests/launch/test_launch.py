@@ -31,13 +31,14 @@ def test_a_killed_run_is_started_again_and_ends_as_if_nothing_had_happened(
     smoke: list[str], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    settings = ["schedule.steps=50", "checkpoint.every=10", "evaluation.every=50"]
+    settings = ["schedule.steps=90", "checkpoint.every=10", "evaluation.every=90"]
     process = start(
         *("launch", *smoke, *settings, f"run_dir={run_dir}"),
         *("launch.doctor.enabled=false", "launch.supervision.backoff_seconds=0.1"),
         cwd=tmp_path,
     )
     wait_until(lambda: num_steps(run_dir) >= 15 or process.poll() is not None)
+    assert process.poll() is None, process.communicate()[0]
     find_ranks(run_dir)[0].send_signal(signal.SIGKILL)
     output, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, output
