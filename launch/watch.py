@@ -74,11 +74,10 @@ class Watch:
                 self._deadline = time.monotonic() + self.grace_seconds
                 log.warning("stopping: the ranks finish their step and save")
                 self._told = 0.0
-            if time.monotonic() - self._told > WORD_SECONDS:
+            if self._is_time_for_a_word():
                 if self._deadline is not None:
                     self._say("stop")  # again and again: ranks that still started missed it
                 self._say("alive")
-                self._told = time.monotonic()
             self._note_training()
             try:
                 event = self.events.get(timeout=POLL_SECONDS)
@@ -92,6 +91,13 @@ class Watch:
                 return self._find_cause(failure)
             if all(link.is_over for link in self.links):
                 return None
+
+    def _is_time_for_a_word(self) -> bool:
+        """Whether the agents should hear of the launcher now; asked once, it is taken as done."""
+        is_time = time.monotonic() - self._told > WORD_SECONDS
+        if is_time:
+            self._told = time.monotonic()
+        return is_time
 
     def _say(self, word: str) -> None:
         for link in self.links:
@@ -130,6 +136,8 @@ class Watch:
         deadline = time.monotonic() + CAUSE_SECONDS
         failure: Failure | None = first
         while failure is None or failure.may_be_echo:
+            if self._is_time_for_a_word():
+                self._say("alive")
             is_over = all(link.is_over for link in self.links)
             left = 0.0 if is_over else max(deadline - time.monotonic(), 0.0)
             try:

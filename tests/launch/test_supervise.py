@@ -114,6 +114,17 @@ def test_a_stop_is_said_again_until_it_is_heard(config: LaunchedRun, tmp_path: P
     assert outcome.reason == "stopped before the ranks had saved"
 
 
+def test_nodes_hear_that_the_launcher_lives_while_a_cause_is_looked_for(
+    config: LaunchedRun, tmp_path: Path
+) -> None:
+    """Node 2's ranks may end a while after node 1's: an agent that hears nothing kills its own."""
+    heard = tmp_path / "heard"
+    listen = f'while [ "$word" != kill ] && read word; do echo $word >> {heard}; done'
+    nodes = [ERROR.format(seconds=0, mark=MARK), listen]
+    Supervisor(replace(config, run_dir=str(tmp_path)), ScriptedNodes(nodes)).run()
+    assert heard.read_text().split().count("alive") >= 2
+
+
 def test_a_job_is_asked_to_stop_now_and_then_and_killed_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
