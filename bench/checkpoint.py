@@ -28,15 +28,15 @@ from torch import Tensor
 
 from bench.step import OURS
 from tests.train.tiny import tiny_run
-from train.agreement import hash_weights
-from train.checkpoint import Checkpoints, load
-from train.engine import Engine, join
-from train.integrity import CheckpointVerify
-from train.manifest import Fragment
-from train.parallel import ParallelConfig
+from train.checkpoint.checkpoints import Checkpoints, load
+from train.checkpoint.integrity import CheckpointVerify
+from train.checkpoint.manifest import Fragment
+from train.checkpoint.saver import Saver
+from train.checkpoint.snapshot import Snapshot
+from train.engine.engine import Engine, join
+from train.layout.parallel import ParallelConfig
 from train.ranks import alone
-from train.saver import Saver
-from train.snapshot import Snapshot
+from train.watch.agreement import hash_weights
 
 ROUNDS, STEP = 9, 1
 ABOUT: dict[str, Any] = {

@@ -22,14 +22,21 @@ from model.mla import MLAConfig
 from model.moe import MoEConfig
 from model.router import RouterConfig
 from model.transformer import Transformer
-from train.checkpoint import FOLDER
+from train.checkpoint.checkpoints import FOLDER
+from train.checkpoint.manifest import (
+    Manifest,
+    Part,
+    Piece,
+    StoredTensor,
+    merge_runs,
+    write_manifest,
+)
+from train.checkpoint.tensor_stream import TensorSpec, write_stream
 from train.config import CONFIG_FILE, RunConfig, write_config
 from train.hub.export import ExportConfig, export
 from train.hub.import_weights import import_weights
-from train.manifest import Manifest, Part, Piece, StoredTensor, merge_runs, write_manifest
-from train.parallel import ParallelConfig
+from train.layout.parallel import ParallelConfig
 from train.schedule import ConstantSchedule
-from train.tensor_stream import TensorSpec, write_stream
 
 MODEL = MLAModelConfig(
     vocab_size=32_000,

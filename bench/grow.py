@@ -24,13 +24,13 @@ from model.mla import MLAConfig
 from model.moe import MoEConfig
 from model.router import RouterConfig
 from model.transformer import Transformer
+from train.checkpoint.stored_tensors import open_checkpoint
+from train.checkpoint.stream_checkpoint import Run, write_checkpoint
 from train.config import CONFIG_FILE, RunConfig, write_config
 from train.grow.config import GrowChoices
 from train.grow.run import grow
-from train.parallel import ParallelConfig
+from train.layout.parallel import ParallelConfig
 from train.schedule import ConstantSchedule
-from train.stored_tensors import open_checkpoint
-from train.stream_checkpoint import Run, write_checkpoint
 
 MODEL = MLAModelConfig(
     vocab_size=8_000,

@@ -20,7 +20,7 @@ from model.moe import MoEConfig
 from model.router import RouterConfig
 from model.transformer import Transformer
 from train.hardware import measure_matrix_rate
-from train.optimizer import OptimizerConfig, build_optimizer, parameter_groups
+from train.optimizer.config import OptimizerConfig, build_optimizer, parameter_groups
 
 BATCH_SIZE, SEQ_LEN = 4, 512
 ROUNDS = 11

@@ -30,11 +30,11 @@ from bench.step import OURS
 from model.config import ModelConfig
 from model.whereabouts import HERE, Whereabouts
 from tests.train.tiny import random_batches, tiny_model, tiny_run
-from train.engine import Engine, join
-from train.parallel import ParallelConfig
-from train.stall import HEARTBEATS, take_statement, write_statement
+from train.engine.engine import Engine, join
+from train.layout.parallel import ParallelConfig
 from train.update import count_denominators, update
-from train.watchdog import Watchdog, WatchdogConfig
+from train.watch.stall import HEARTBEATS, take_statement, write_statement
+from train.watch.watchdog import Watchdog, WatchdogConfig
 
 RANKS = 2
 BLOCK = 5  # steps

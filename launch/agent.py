@@ -23,7 +23,7 @@ import psutil
 from launch.interface import interface_towards
 from launch.node_ranks import NodeRanks, killing_signal, rank_environment, start_ranks
 from launch.order import RUN_VARIABLE, Order, decode
-from train.stall import ATTEMPT_VARIABLE
+from train.watch.stall import ATTEMPT_VARIABLE
 
 MARK = "@thrifty "
 HEARTBEAT_SECONDS = 2.0

@@ -13,7 +13,7 @@ from launch.compose import Job, to_config
 from launch.config import LaunchedRun, LocalLaunch, check_launched
 from launch.grow_on_resume import grow_on_resume
 from launch.run_folder import hold_folder, prepare_folder, take_up
-from train.restore import check_start
+from train.checkpoint.restore import check_start
 
 log = logging.getLogger(__name__)
 

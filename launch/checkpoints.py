@@ -13,13 +13,13 @@ from rich.table import Table
 
 from launch.compose import Job, run_jobs, to_config, worst
 from launch.run_folder import newest_run
-from train.checkpoint_tools import (
+from train.checkpoint.integrity import CheckpointVerify
+from train.checkpoint.tools import (
     average_checkpoints,
     diff_checkpoints,
     find_manifest,
     list_checkpoints,
 )
-from train.integrity import CheckpointVerify
 from train.outcome import ExitCode
 
 WIDTH = 110  # also where the output is no terminal

@@ -24,7 +24,7 @@ from launch.help import describe_groups
 from launch.mistake import MISTAKES, explain, unknown_key
 from model.config import MODEL_KINDS
 from train.config import model_schema
-from train.optimizer import OPTIMIZER_KINDS
+from train.optimizer.config import OPTIMIZER_KINDS
 from train.outcome import ExitCode
 from train.schedule import SCHEDULE_KINDS
 

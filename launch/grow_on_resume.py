@@ -15,13 +15,13 @@ from pathlib import Path
 
 from launch.config import LaunchedRun
 from launch.run_folder import compare, has_begun, refuse_fixed
-from train.checkpoint import Checkpoints
+from train.checkpoint.checkpoints import Checkpoints
+from train.checkpoint.manifest import Manifest, read_manifest
 from train.config import CONFIG_FILE, RunConfig, describe_config, read_config, typed, write_config
 from train.config_diff import diff_values
 from train.grow.config import check_growth
 from train.grow.measure import describe
 from train.grow.run import grow
-from train.manifest import Manifest, read_manifest
 from train.ranks import alone
 
 log = logging.getLogger(__name__)

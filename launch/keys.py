@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 from data.config import DATA_KINDS, DataConfig
 from launch.config import LAUNCH_KINDS, LaunchConfig
 from model.config import MODEL_KINDS, ModelConfig
-from train.optimizer import OPTIMIZER_KINDS, OptimizerConfig
+from train.optimizer.config import OPTIMIZER_KINDS, OptimizerConfig
 from train.schedule import SCHEDULE_KINDS, ScheduleConfig
 
 # Sections whose settings depend on the option that is chosen for their group.

@@ -12,15 +12,15 @@ from omegaconf import OmegaConf
 
 from data.config import StdlibData
 from model.recompute import Recompute
-from train.checkpoint import CheckpointConfig
+from train.checkpoint.checkpoints import CheckpointConfig
 from train.config import RunConfig, check_run, model_schema
-from train.memory import activations, largest_state
-from train.moments import Moments
-from train.optimizer import OptimizerConfig
-from train.parallel import Offload, ParallelConfig
+from train.layout.memory import activations, largest_state
+from train.layout.parallel import Offload, ParallelConfig
+from train.layout.traffic import largest_traffic
+from train.optimizer.config import OptimizerConfig
+from train.optimizer.moments import Moments
 from train.precision import Dtype, PrecisionConfig
 from train.schedule import ConstantSchedule
-from train.traffic import largest_traffic
 
 PAGE = Path("docs/parallelism.md")
 MODEL, SEQ_LEN, BATCH_SIZE = "v2_lite", 4096, 512

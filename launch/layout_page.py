@@ -10,9 +10,9 @@ from model.mla import MLAConfig
 from model.moe import MoEConfig
 from model.recompute import Recompute
 from model.router import RouterConfig
-from train.layout_rules import RULES, Layout, broken_rules, describe_value
-from train.optimizer import OptimizerConfig
-from train.parallel import ZERO_STAGES, Offload, ParallelConfig, PipelineSchedule
+from train.layout.parallel import ZERO_STAGES, Offload, ParallelConfig, PipelineSchedule
+from train.layout.rules import RULES, Layout, broken_rules, describe_value
+from train.optimizer.config import OptimizerConfig
 from train.precision import Dtype, PrecisionConfig
 from train.schedule import ConstantSchedule
 
@@ -21,7 +21,7 @@ PAGE = Path("docs/layouts.md")
 INTRODUCTION = """\
 # What combines with what
 
-<!-- Written by `make docs` (launch/layout_page.py) from train/layout_rules.py; do not edit. -->
+<!-- Written by `make docs` (launch/layout_page.py) from train/layout/rules.py; do not edit. -->
 
 A layout that can't be built is refused before anything is started, with a message that names the
 settings and the nearest choice that works. This page asks the same rules: each cell holds the

@@ -13,10 +13,10 @@ from model.cost import MTP, flops_by_component, parameters_by_component
 from model.memory import routed_peak
 from model.moe import MoEConfig
 from train.config import RunConfig, check_run
-from train.memory import activations, largest_state
+from train.layout.memory import activations, largest_state
+from train.layout.traffic import largest_traffic
 from train.outcome import ExitCode
 from train.precision import Dtype
-from train.traffic import largest_traffic
 
 GIB = 2**30
 WIDTH = 100  # also where the output is no terminal

@@ -14,7 +14,7 @@ from pathlib import Path
 from launch.bound import become
 from launch.interface import interface_towards
 from launch.node_ranks import INTERFACE_VARIABLES
-from train.stall import ATTEMPT_VARIABLE
+from train.watch.stall import ATTEMPT_VARIABLE
 
 # Where starters that know nothing of torch say what torch wants to know.
 NAMES = {

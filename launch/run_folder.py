@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from launch.config import LaunchedRun
 from model.moe import MoEConfig
 from model.router import RouterConfig
-from train.checkpoint import FOLDER
+from train.checkpoint.checkpoints import FOLDER
 from train.config import CONFIG_FILE, RunConfig, describe_config, read_config, write_config
 from train.config_diff import Change, diff_values
 from train.grow.config import is_growable

@@ -28,7 +28,7 @@ from launch.link import AgentLink, Event, Hear, JobLink, Link
 from launch.node_ranks import INTERFACE_VARIABLES, LOOPBACK, free_port, module_environment
 from launch.order import RUN_VARIABLE, Order, encode, passed_environment
 from launch.ssh import ask_all, remote_command
-from train.stall import ATTEMPT_VARIABLE
+from train.watch.stall import ATTEMPT_VARIABLE
 
 SIGNAL_SECONDS = 30.0  # for a word to ranks behind somebody else's launcher
 

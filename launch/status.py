@@ -6,11 +6,11 @@ from pathlib import Path
 
 from launch.run_folder import newest_run
 from launch.timeline import read_timeline
-from train.checkpoint import Checkpoints
+from train.checkpoint.checkpoints import Checkpoints
 from train.config import CONFIG_FILE
 from train.journal import read_records
 from train.outcome import ExitCode, read_outcome
-from train.stall import EXPLANATION, FOLDER, read_explanation
+from train.watch.stall import EXPLANATION, FOLDER, read_explanation
 
 
 def main() -> ExitCode:

@@ -19,11 +19,11 @@ from launch.starters import Attempt, Ready, Starter
 from launch.supervision import backoff
 from launch.timeline import Timeline, read_timeline
 from launch.watch import Failure, Watch, end_all
-from train.checkpoint import Checkpoints
+from train.checkpoint.checkpoints import Checkpoints
 from train.config import check_run
 from train.interrupt import on_stop_signal
 from train.outcome import OUTCOME_FILE, Outcome, Status, read_outcome
-from train.stall import read_explanation
+from train.watch.stall import read_explanation
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from train.config import (
     write_config,
 )
 from train.config_diff import diff_values
-from train.moments import Moments
-from train.optimizer import MuonConfig
+from train.optimizer.config import MuonConfig
+from train.optimizer.moments import Moments
 from train.outcome import ExitCode, Outcome, Status
 from train.precision import Dtype, PrecisionConfig
 from train.verify.compare import Comparison, compare

@@ -11,7 +11,7 @@ from launch.link import Event, Link
 from launch.supervision import SupervisionConfig
 from launch.timeline import Timeline
 from train.outcome import ExitCode
-from train.stall import read_explanation, read_last_words
+from train.watch.stall import read_explanation, read_last_words
 
 log = logging.getLogger(__name__)
 

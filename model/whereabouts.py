@@ -1,7 +1,8 @@
 """What this process is doing right now, for whoever asks why it does not go on.
 
 Every wait for other ranks, for data or for a disk is entered here by name; the watchdog
-(`train/watchdog.py`) reads it from its own thread. `python -m bench.watchdog` measures its cost.
+(`train/watch/watchdog.py`) reads it from its own thread. `python -m bench.watchdog` measures its
+cost.
 """
 
 import threading

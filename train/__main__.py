@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 
-from train.agreement import DisagreementError
-from train.checkpoint import SaveError
+from train.checkpoint.checkpoints import SaveError
 from train.config import CONFIG_FILE, RunConfig, check_run, read_config
-from train.engine import join, leave
+from train.engine.engine import join, leave
 from train.interrupt import on_stop_signal
 from train.loop import train
 from train.outcome import ExitCode, Outcome, Status, write_outcome
@@ -22,6 +21,7 @@ from train.ranks import Ranks
 from train.read import DataError
 from train.verify.config import ObservedRun
 from train.verify.rank import OBSERVED_FILE, observe_layout, observe_reference
+from train.watch.agreement import DisagreementError
 
 log = logging.getLogger("train")
 

@@ -14,16 +14,16 @@ from omegaconf.errors import OmegaConfBaseException
 from data.atomic_file import write_aside
 from data.config import DATA_KINDS, DataConfig, check_data
 from model.config import MODEL_KINDS, ModelConfig, check_model
-from train.checkpoint import CheckpointConfig, check_checkpoint
+from train.checkpoint.checkpoints import CheckpointConfig, check_checkpoint
 from train.ema import EMAConfig, check_ema
 from train.evaluation import EvaluationConfig, check_evaluation
 from train.journal import LoggingConfig, check_logging
-from train.layout_rules import Layout, check_layout
-from train.optimizer import OPTIMIZER_KINDS, OptimizerConfig, check_optimizer
-from train.parallel import Offload, ParallelConfig, check_parallel
+from train.layout.parallel import Offload, ParallelConfig, check_parallel
+from train.layout.rules import Layout, check_layout
+from train.optimizer.config import OPTIMIZER_KINDS, OptimizerConfig, check_optimizer
 from train.precision import PrecisionConfig, check_precision
 from train.schedule import SCHEDULE_KINDS, ScheduleConfig, check_schedule
-from train.watchdog import WatchdogConfig, check_watchdog
+from train.watch.watchdog import WatchdogConfig, check_watchdog
 
 CONFIG_FILE = "config.yaml"
 LAUNCHERS = ("launch", "grow")  # the launcher's own sections, of no concern to ranks

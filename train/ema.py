@@ -11,7 +11,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from train.manifest import Fragment, Manifest
+from train.checkpoint.manifest import Fragment, Manifest
 
 WEIGHT, EMA_KIND = "weight/", "ema/"
 

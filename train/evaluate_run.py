@@ -7,10 +7,10 @@ from data.batches import Batch
 from data.config import find_folder
 from data.samples import open_samples
 from model.transformer import Sums
+from train.checkpoint.restore import restore
 from train.ema import Weights
 from train.evaluation import Evaluation, evaluate
 from train.ranks import alone
-from train.restore import restore
 
 
 @dataclass(slots=True, kw_only=True)

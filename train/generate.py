@@ -7,9 +7,9 @@ from pathlib import Path
 
 from model.decoding import Pass, write_tokens, write_tokens_with_drafts
 from model.sampling import SamplingConfig, check_sampling
+from train.checkpoint.restore import restore
 from train.ema import Weights
 from train.ranks import alone
-from train.restore import restore
 
 
 @dataclass(slots=True, kw_only=True)

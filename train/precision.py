@@ -5,7 +5,7 @@ from enum import StrEnum
 
 import torch
 
-from train.drift import DriftConfig, check_drift
+from train.watch.drift import DriftConfig, check_drift
 
 
 class Dtype(StrEnum):

@@ -18,25 +18,25 @@ from data.training_data import TrainingData
 from model.backends import choose_all, describe
 from model.cost import count_parameters
 from model.whereabouts import HERE
-from train.agreement import check_agreement
-from train.checkpoint import Checkpoints, OnError, SaveError
+from train.checkpoint.checkpoints import Checkpoints, OnError, SaveError
+from train.checkpoint.manifest import Fragment, Measured
+from train.checkpoint.resume import Resumption, rng_fragment
+from train.checkpoint.saver import Saver
+from train.checkpoint.snapshot import Snapshot
 from train.code_version import code_version
 from train.config import RunConfig, describe_config
-from train.drift import DriftMonitor
 from train.ema import EMA
-from train.engine import Engine
+from train.engine.engine import Engine
 from train.evaluation import evaluate
 from train.hardware import peak_memory
 from train.journal import Journal, open_journal, read_records
-from train.manifest import Fragment, Measured
+from train.layout.placement import describe_placement, draw_grid
 from train.meters import Meters
-from train.placement import describe_placement, draw_grid
 from train.ranks import Ranks
-from train.resume import Resumption, rng_fragment
-from train.saver import Saver
 from train.schedule import batch_size, learning_rate
-from train.snapshot import Snapshot
-from train.watchdog import Watchdog
+from train.watch.agreement import check_agreement
+from train.watch.drift import DriftMonitor
+from train.watch.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 

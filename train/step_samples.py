@@ -14,10 +14,10 @@ from data.packing import Packing
 from data.position import Position
 from data.rows import Rows
 from data.training_data import TrainingData
-from train.checkpoint import Checkpoints
+from train.checkpoint.checkpoints import Checkpoints
+from train.checkpoint.manifest import read_manifest
 from train.config import CONFIG_FILE, RunConfig, read_config
 from train.journal import read_records
-from train.manifest import read_manifest
 from train.progress import read_progress
 from train.schedule import batch_size
 

@@ -12,7 +12,7 @@ from model.balance import step_bias
 from model.config import ModelConfig
 from model.transformer import Sums
 from model.whereabouts import HERE
-from train.engine import Engine
+from train.engine.engine import Engine
 from train.ranks import Ranks
 
 

@@ -15,13 +15,13 @@ from data.tokenizer import load_tokenizer
 from launch.checkpoints import main
 from tests.train.random_run import random_state
 from tests.train.tiny import tiny_model, tiny_run
-from train.checkpoint import Checkpoints
+from train.checkpoint.checkpoints import Checkpoints
+from train.checkpoint.manifest import Fragment, Measured
+from train.checkpoint.stored_tensors import open_checkpoint
 from train.config import CONFIG_FILE, RunConfig, describe_config, write_config
 from train.evaluate_run import EvaluateConfig, evaluate_run
-from train.manifest import Fragment, Measured
 from train.outcome import ExitCode
 from train.ranks import alone
-from train.stored_tensors import open_checkpoint
 
 NAME = "weight/layers.1.ffn.experts.up"
 

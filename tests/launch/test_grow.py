@@ -18,14 +18,14 @@ from launch.grow_on_resume import STAGE, grow_on_resume, replaced
 from launch.run_folder import prepare_folder
 from tests.ranks import run_ranks
 from tests.train.tiny import tiny_run
-from train.checkpoint import Checkpoints
+from train.checkpoint.checkpoints import Checkpoints
+from train.checkpoint.manifest import Origin, read_manifest
 from train.config import CONFIG_FILE, read_config, write_config
-from train.engine import join
+from train.engine.engine import join
 from train.journal import read_records
+from train.layout.parallel import ParallelConfig
 from train.loop import train
-from train.manifest import Origin, read_manifest
 from train.outcome import ExitCode
-from train.parallel import ParallelConfig
 
 
 def start(config: LaunchedRun) -> int:

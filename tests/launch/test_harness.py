@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.command import thrifty
+from train.checkpoint.restore import Restored, restore
 from train.ranks import alone
-from train.restore import Restored, restore
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluate.md"
 FILE = re.compile(r'^```\w+ title="(?P<path>[^"]+)"\n(?P<text>.*?)^```', re.MULTILINE | re.DOTALL)

@@ -10,9 +10,9 @@ from data.tokenizer import load_tokenizer
 from model.config import ModelConfig
 from model.transformer import Transformer
 from tests.train.tiny import tiny_run
-from train.checkpoint import Checkpoints
+from train.checkpoint.checkpoints import Checkpoints
+from train.checkpoint.manifest import Fragment
 from train.config import CONFIG_FILE, RunConfig, write_config
-from train.manifest import Fragment
 from train.ranks import alone
 
 

@@ -10,7 +10,7 @@ from model.moe import MoEConfig
 from model.router import RouterConfig
 from tests.train.tiny import tiny_model, tiny_run
 from train.config import RunConfig, check_run, read_config, write_config
-from train.parallel import ParallelConfig
+from train.layout.parallel import ParallelConfig
 from train.schedule import BatchRampConfig, ConstantSchedule, WSDSchedule
 
 

@@ -13,12 +13,12 @@ import data.training_data
 from data.retry import RetryConfig, retry
 from tests.ranks import run_ranks
 from tests.train.tiny import tiny_run
-from train.checkpoint import Checkpoints
+from train.checkpoint.checkpoints import Checkpoints
 from train.config import RunConfig
-from train.engine import join
+from train.engine.engine import join
 from train.journal import read_records
+from train.layout.parallel import ParallelConfig
 from train.loop import train as train_run
-from train.parallel import ParallelConfig
 
 CANT_READ = r"the data can't be read \(.*rank 1: .*00000\.bin.*the run is saved"
 

@@ -27,10 +27,10 @@ from data.tokenizer import TokenizerConfig
 from tests.data.orders import WINDOW, Setting, SlowOrder
 from tests.ranks import run_ranks
 from tests.train.tiny import tiny_model, tiny_run
-from train.checkpoint import Checkpoints
+from train.checkpoint.checkpoints import Checkpoints
 from train.config import RunConfig
-from train.engine import join
-from train.parallel import ParallelConfig
+from train.engine.engine import join
+from train.layout.parallel import ParallelConfig
 from train.ranks import alone
 
 STEPS = 2  # of each phase

@@ -16,17 +16,17 @@ import train.loop
 from tests.ranks import run_ranks
 from tests.train.tiny import tiny_run
 from tests.train.trained import gather_state
-from train.checkpoint import Checkpoints
+from train.checkpoint.checkpoints import Checkpoints
+from train.checkpoint.stored_tensors import StoredTensors
 from train.config import RunConfig, check_run
-from train.engine import join
+from train.engine.engine import join
 from train.journal import read_records
-from train.optimizer import MuonConfig, OptimizerConfig
-from train.parallel import Offload, ParallelConfig
+from train.layout.parallel import Offload, ParallelConfig
+from train.optimizer.config import MuonConfig, OptimizerConfig
 from train.precision import Dtype, PrecisionConfig
 from train.ranks import Ranks, alone
 from train.run import Run
 from train.schedule import ConstantSchedule
-from train.stored_tensors import StoredTensors
 
 HOST: dict[str, Any] = {"offload_optimizer": Offload.cpu}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -53,7 +53,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 PAIRS = list(product(LAYOUTS, LAYOUTS))
 DEFAULT = ("2 ranks, EP 2", "1 rank, ZeRO 0")
 BEFORE, AFTER = 2, 20
-# Muon has one state per matrix, and knows neither ZeRO 3 nor offload (`train/layout_rules.py`).
+# Muon has one state per matrix, and knows neither ZeRO 3 nor offload (`train/layout/rules.py`).
 # Its products run in fp32 here, for losses that can be compared.
 MUON = MuonConfig(iterate_in=Dtype.fp32)
 MUON_RING = [

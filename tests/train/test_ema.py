@@ -10,18 +10,18 @@ from tests.ranks import run_ranks
 from tests.train.hub.families import FAMILIES
 from tests.train.random_run import random_run, random_state
 from tests.train.tiny import tiny_run
-from train.checkpoint import Checkpoints
+from train.checkpoint.checkpoints import Checkpoints
+from train.checkpoint.manifest import Fragment
+from train.checkpoint.stored_tensors import StoredTensors
 from train.config import RunConfig
 from train.ema import EMA, EMAConfig, Weights, check_ema, ema_name
-from train.engine import join
+from train.engine.engine import join
 from train.evaluate_run import EvaluateConfig, evaluate_run
 from train.generate import GenerateConfig, Writer
 from train.hub.export import ExportConfig, export
+from train.layout.parallel import ParallelConfig
 from train.loop import train as train_run
-from train.manifest import Fragment
-from train.parallel import ParallelConfig
 from train.ranks import alone
-from train.stored_tensors import StoredTensors
 
 
 @pytest.mark.parametrize("every", [1, 3])

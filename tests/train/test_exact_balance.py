@@ -11,8 +11,8 @@ from torch import Tensor
 from model.recompute import Recompute
 from tests.ranks import run_ranks
 from tests.train.tiny import random_batches, tiny_run
-from train.engine import Engine, join
-from train.parallel import ZERO_STAGES, ParallelConfig
+from train.engine.engine import Engine, join
+from train.layout.parallel import ZERO_STAGES, ParallelConfig
 from train.update import count_denominators, update
 
 BATCH_SIZE = 32  # for micro-batches of one sequence on 4 ranks with accumulation 8

@@ -14,15 +14,15 @@ from data.samples import IGNORED, open_samples
 from model.config import MTPConfig
 from tests.ranks import run_ranks
 from tests.train.tiny import tiny_run
+from train.checkpoint.restore import restore
 from train.config import CONFIG_FILE, RunConfig, write_config
-from train.engine import join
+from train.engine.engine import join
 from train.evaluate_run import EvaluateConfig, evaluate_run
 from train.generate import GenerateConfig, Writer, read_prompts
 from train.journal import read_records
+from train.layout.parallel import ParallelConfig
 from train.loop import train as train_run
-from train.parallel import ParallelConfig
 from train.ranks import alone
-from train.restore import restore
 
 NUM_EVALUATED = 150  # the last batch of a rank is not full
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from tests.train.tiny import tiny_run
-from train.checkpoint import CheckpointConfig
+from train.checkpoint.checkpoints import CheckpointConfig
+from train.checkpoint.manifest import Fragment
+from train.checkpoint.snapshot import Snapshot
 from train.config import CONFIG_FILE, write_config
 from train.journal import read_records
-from train.manifest import Fragment
-from train.parallel import Offload, ParallelConfig
+from train.layout.parallel import Offload, ParallelConfig
 from train.precision import Dtype, PrecisionConfig
-from train.snapshot import Snapshot
 
 pytestmark = pytest.mark.gpu
 

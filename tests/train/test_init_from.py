@@ -10,16 +10,16 @@ import torch
 from model.rope import RopeConfig, RopeScaling
 from tests.ranks import run_ranks
 from tests.train.tiny import SEQ_LEN, tiny_model, tiny_run
-from train.checkpoint import Checkpoints
+from train.checkpoint.checkpoints import Checkpoints
+from train.checkpoint.manifest import read_manifest
+from train.checkpoint.restore import check_start, restore
 from train.config import CONFIG_FILE, RunConfig, check_run, write_config
-from train.engine import join
+from train.engine.engine import join
 from train.evaluate_run import EvaluateConfig, evaluate_run
 from train.journal import read_records
+from train.layout.parallel import ParallelConfig
 from train.loop import train as train_run
-from train.manifest import read_manifest
-from train.parallel import ParallelConfig
 from train.ranks import alone
-from train.restore import check_start, restore
 from train.run import Run
 from train.schedule import ChangeConfig, ChangesConfig, ConstantSchedule
 
@@ -126,7 +126,7 @@ def test_a_source_without_moments_is_enough(source: RunConfig, tmp_path: Path) -
     manifest.tensors = {name: tensors[name] for name in tensors if "exp_avg" not in name}
     assert len(manifest.tensors) < len(tensors)
     Path(config.run_dir).mkdir()
-    with mock.patch("train.checkpoint.read_manifest", return_value=manifest):
+    with mock.patch("train.checkpoint.checkpoints.read_manifest", return_value=manifest):
         run_ranks(1, lambda: Run(config, join(config.parallel, timeout_minutes=5)).progress.step)
 
 

@@ -12,14 +12,14 @@ import pytest
 import torch.distributed as dist
 
 from tests.train.tiny import tiny_run
-from train.checkpoint import Checkpoints
+from train.checkpoint.checkpoints import Checkpoints
+from train.checkpoint.integrity import verify_files
+from train.checkpoint.manifest import read_manifest
 from train.config import RunConfig
-from train.engine import join
-from train.integrity import verify_files
+from train.engine.engine import join
 from train.journal import read_records
+from train.layout.parallel import ParallelConfig
 from train.loop import train
-from train.manifest import read_manifest
-from train.parallel import ParallelConfig
 
 NUMBERS = ("loss", "mtp_loss_1", "grad_norm", "max_vio", "samples", "targets")
 RANKS = 2

@@ -17,10 +17,10 @@ from model.config import ModelConfig, MTPConfig
 from model.recompute import Recompute
 from tests.train.tiny import tiny_attention, tiny_model, tiny_moe, tiny_run
 from tests.train.verification import verify
-from train.checkpoint import CheckpointConfig
-from train.moments import Moments
-from train.optimizer import MuonConfig, OptimizerConfig
-from train.parallel import ZERO_STAGES, Offload, ParallelConfig, PipelineSchedule
+from train.checkpoint.checkpoints import CheckpointConfig
+from train.layout.parallel import ZERO_STAGES, Offload, ParallelConfig, PipelineSchedule
+from train.optimizer.config import MuonConfig, OptimizerConfig
+from train.optimizer.moments import Moments
 from train.precision import Dtype, PrecisionConfig
 
 BATCH_SIZE = 8

@@ -10,7 +10,7 @@ from model.config import ModelConfig
 from model.recompute import Recompute
 from tests.train.tiny import moe_with_all_losses, tiny_model
 from tests.train.trained import STEPS, Trained, assert_same_training, train_layout
-from train.parallel import ZERO_STAGES
+from train.layout.parallel import ZERO_STAGES
 from train.precision import Dtype
 
 

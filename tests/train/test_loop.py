@@ -11,14 +11,14 @@ import torch
 import train.update
 from tests.ranks import run_ranks
 from tests.train.tiny import tiny_run
-from train.checkpoint import CheckpointConfig, Checkpoints, OnError
+from train.checkpoint.checkpoints import CheckpointConfig, Checkpoints, OnError
+from train.checkpoint.manifest import read_manifest, write_manifest
 from train.config import RunConfig
-from train.engine import join
+from train.engine.engine import join
 from train.journal import read_records
+from train.layout.parallel import ParallelConfig
 from train.loop import train as train_run
-from train.manifest import read_manifest, write_manifest
-from train.optimizer import OptimizerConfig
-from train.parallel import ParallelConfig
+from train.optimizer.config import OptimizerConfig
 from train.schedule import ChangeConfig, ChangesConfig
 
 
@@ -79,7 +79,7 @@ def test_a_full_disk_stops_the_run_or_not_as_configured(
     config: RunConfig, on_error: OnError
 ) -> None:
     config.checkpoint = CheckpointConfig(every=2, on_error=on_error)
-    real, calls = train.checkpoint.write_tensors, 0
+    real, calls = train.checkpoint.checkpoints.write_tensors, 0
 
     def write(path: Path, tensors: Any, **about: Any) -> Any:
         nonlocal calls
@@ -88,7 +88,7 @@ def test_a_full_disk_stops_the_run_or_not_as_configured(
         return fail_to_write(path) if is_full else real(path, tensors, **about)
 
     checkpoints = Checkpoints(Path(config.run_dir), keep=10)
-    with mock.patch("train.checkpoint.write_tensors", write):
+    with mock.patch("train.checkpoint.checkpoints.write_tensors", write):
         if on_error is OnError.stop:
             with pytest.raises(AssertionError, match="No space left on device"):
                 start(config)

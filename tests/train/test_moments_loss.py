@@ -10,8 +10,8 @@ from tests.ranks import run_ranks
 from tests.train.test_optimizer_resume import config_of, start, train_steps
 from train.config import CONFIG_FILE, RunConfig, read_config
 from train.journal import read_records
-from train.moments import Moments
-from train.optimizer import OptimizerConfig
+from train.optimizer.config import OptimizerConfig
+from train.optimizer.moments import Moments
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.train.trained import assert_same_training, train_layout
-from train.parallel import Offload
+from train.layout.parallel import Offload
 from train.precision import Dtype
 
 OPTIMIZER = {"offload_optimizer": Offload.cpu}

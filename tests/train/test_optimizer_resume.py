@@ -12,14 +12,14 @@ from torch import Tensor
 
 from tests.ranks import run_ranks
 from tests.train.tiny import random_batches, tiny_run
-from train.checkpoint import CheckpointConfig, Checkpoints, load
+from train.checkpoint.checkpoints import CheckpointConfig, Checkpoints, load
+from train.checkpoint.coverage import check_coverage
 from train.config import RunConfig, check_run
-from train.coverage import check_coverage
-from train.engine import Engine, join
+from train.engine.engine import Engine, join
+from train.layout.parallel import Offload, ParallelConfig
 from train.loop import train
-from train.moments import Moments
-from train.optimizer import MuonConfig, OptimizerConfig
-from train.parallel import Offload, ParallelConfig
+from train.optimizer.config import MuonConfig, OptimizerConfig
+from train.optimizer.moments import Moments
 from train.precision import Dtype
 from train.ranks import Ranks
 from train.run import Run

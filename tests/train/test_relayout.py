@@ -10,11 +10,11 @@ import torch
 from tests.ranks import run_ranks
 from tests.train.tiny import random_batches, tiny_run
 from tests.train.trained import gather_state
-from train.checkpoint import CheckpointConfig, Checkpoints, load
+from train.checkpoint.checkpoints import CheckpointConfig, Checkpoints, load
+from train.checkpoint.manifest import read_manifest
 from train.config import RunConfig, check_run
-from train.engine import Engine, join
-from train.manifest import read_manifest
-from train.parallel import ZERO_STAGES, Offload, ParallelConfig
+from train.engine.engine import Engine, join
+from train.layout.parallel import ZERO_STAGES, Offload, ParallelConfig
 from train.precision import Dtype, PrecisionConfig
 from train.ranks import Ranks
 from train.update import count_denominators, update

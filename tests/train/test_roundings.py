@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tests.ranks import run_ranks
 from tests.train.tiny import random_batches, tiny_run
-from train.engine import Engine, join
-from train.parallel import ParallelConfig
-from train.sharding import StepResult
+from train.engine.engine import Engine, join
+from train.engine.sharding import StepResult
+from train.layout.parallel import ParallelConfig
 from train.update import count_denominators, update
 
 SEEDS = (4, 7, 11)  # of twelve, those after whose first step weights differ most

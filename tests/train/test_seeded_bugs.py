@@ -15,8 +15,8 @@ from torch import Tensor
 
 import model.dispatch
 import model.moe
-import train.engine
-import train.sharded
+import train.engine.engine
+import train.engine.sharded
 import train.update
 from data.batches import Batch
 from model.config import ModelConfig, MTPConfig
@@ -25,9 +25,9 @@ from model.part import Part
 from model.transformer import Sums, Transformer
 from tests.train.tiny import tiny_model, tiny_run
 from tests.train.verification import Bug, verify
-from train.engine import Engine, UlyssesSequences
-from train.parallel import ParallelConfig, Recompute
-from train.pipeline import EmbeddingCopy, Pipeline
+from train.engine.engine import Engine, UlyssesSequences
+from train.engine.pipeline import EmbeddingCopy, Pipeline
+from train.layout.parallel import ParallelConfig, Recompute
 from train.precision import Dtype, PrecisionConfig
 from train.update import Denominators
 from train.verify.diagnosis import diagnose
@@ -165,7 +165,7 @@ def wrong_order_of_splits() -> AbstractContextManager[Any]:
 
 def shared_experts_not_reduced() -> AbstractContextManager[Any]:
     """They are taken for routed ones, which have no replica where every rank holds its own."""
-    register = train.engine._register_experts
+    register = train.engine.engine._register_experts
 
     def register_all(layers: Transformer, **kwargs: Any) -> None:
         register(layers, **kwargs)
@@ -174,7 +174,7 @@ def shared_experts_not_reduced() -> AbstractContextManager[Any]:
                 for parameter in layer.shared.parameters():
                     vars(parameter).update(vars(layer.experts.gate))
 
-    return replaced(train.engine, "_register_experts", register_all)
+    return replaced(train.engine.engine, "_register_experts", register_all)
 
 
 @contextmanager
@@ -224,7 +224,7 @@ def micro_batches_in_another_order_on_the_last_stage() -> AbstractContextManager
 
 
 def clip_norm_of_one_stage() -> AbstractContextManager[Any]:
-    return replaced(train.sharded, "_add_up_stages", lambda zero, group: None)
+    return replaced(train.engine.sharded, "_add_up_stages", lambda zero, group: None)
 
 
 class Seeded(NamedTuple):

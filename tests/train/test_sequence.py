@@ -27,9 +27,9 @@ from tests.train.trained import (
     train_layout,
 )
 from train.config import check_run
-from train.engine import UlyssesSequences, join
-from train.parallel import ParallelConfig
-from train.sequences import cut
+from train.engine.engine import UlyssesSequences, join
+from train.engine.sequences import cut
+from train.layout.parallel import ParallelConfig
 
 
 def four_heads() -> ModelConfig:

@@ -10,7 +10,7 @@ from model.gqa import GQAConfig
 from model.mla import MLAConfig
 from tests.command import compose
 from train.config import check_run
-from train.parallel import PipelineSchedule
+from train.layout.parallel import PipelineSchedule
 from train.verify.shrink import NUM_RANKS, shrink, shrink_ranks
 
 MODELS = sorted(path.stem for path in (Path(__file__).parents[2] / "configs/model").glob("*.yaml"))

@@ -19,9 +19,9 @@ from data.tokenizer import TokenizerConfig
 from tests.ranks import run_ranks
 from tests.train.tiny import tiny_run
 from train.config import RunConfig, write_config
-from train.engine import join
+from train.engine.engine import join
+from train.layout.parallel import ParallelConfig
 from train.loop import train as train_run
-from train.parallel import ParallelConfig
 from train.step_samples import read_step
 
 

@@ -8,7 +8,7 @@ import torch
 
 from tests.train.tiny import tiny_run
 from tests.train.verification import verify
-from train.parallel import ParallelConfig, Recompute
+from train.layout.parallel import ParallelConfig, Recompute
 
 
 @pytest.mark.parametrize(

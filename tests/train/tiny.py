@@ -14,11 +14,11 @@ from model.config import MLAModelConfig, ModelConfig, MTPConfig
 from model.mla import MLAConfig
 from model.moe import MoEConfig
 from model.router import RouterConfig
-from train.checkpoint import CheckpointConfig
+from train.checkpoint.checkpoints import CheckpointConfig
 from train.config import RunConfig
 from train.evaluation import EvaluationConfig
 from train.journal import LoggingConfig
-from train.parallel import ParallelConfig
+from train.layout.parallel import ParallelConfig
 from train.schedule import ConstantSchedule
 
 SEQ_LEN = 16

@@ -10,13 +10,13 @@ from torch import Tensor
 from model.config import ModelConfig
 from tests.ranks import run_ranks
 from tests.train.tiny import random_batches, tiny_model, tiny_run
-from train.checkpoint import CheckpointConfig
+from train.checkpoint.checkpoints import CheckpointConfig
 from train.config import RunConfig, check_run
-from train.engine import Engine, join
+from train.engine.engine import Engine, join
 from train.journal import read_records
+from train.layout.parallel import ParallelConfig
 from train.loop import train
-from train.optimizer import OptimizerConfig
-from train.parallel import ParallelConfig
+from train.optimizer.config import OptimizerConfig
 from train.precision import Dtype, PrecisionConfig
 from train.ranks import Ranks
 from train.update import count_denominators, update

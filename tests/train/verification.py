@@ -8,7 +8,7 @@ import torch
 
 from tests.ranks import run_ranks
 from train.config import RunConfig, check_run
-from train.engine import join
+from train.engine.engine import join
 from train.verify.compare import Comparison, compare
 from train.verify.config import LEARNING_RATE, TOLERANCE
 from train.verify.measure import build_measure

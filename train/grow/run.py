@@ -12,7 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from train.checkpoint import Checkpoints
+from train.checkpoint.checkpoints import Checkpoints
+from train.checkpoint.manifest import Manifest, Origin, Parent
+from train.checkpoint.stored_tensors import StoredTensors, open_checkpoint
+from train.checkpoint.stream_checkpoint import Run, write_checkpoint
 from train.code_version import code_version
 from train.config import CONFIG_FILE, RunConfig, describe_config
 from train.config_diff import Change, diff_values
@@ -20,9 +23,6 @@ from train.grow.config import GrowChoices, Growth, check_choices, check_growth
 from train.grow.measure import Difference, Fill, compare, run_model
 from train.grow.tensors import BUFFER, GrownTensors, Place
 from train.hub.gate import real_tokens
-from train.manifest import Manifest, Origin, Parent
-from train.stored_tensors import StoredTensors, open_checkpoint
-from train.stream_checkpoint import Run, write_checkpoint
 
 RNG = "rng/"
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from model.init import initial_value
 from model.transformer import Transformer
+from train.checkpoint.stored_tensors import StoredTensors
 from train.ema import EMA_KIND, WEIGHT
 from train.grow.config import GrownMoments, Growth, Repeat
 from train.grow.experts import ExpertPlan, ExpertSource, guaranteed_offset, plan_experts
 from train.grow.layers import LayerSource, layer_sources
 from train.grow.upcycle import UpcyclePlan, plan_upcycling
-from train.stored_tensors import StoredTensors
 
 BUFFER, SECOND_MOMENT = "buffer/", "exp_avg_sq/"
 STACKED = re.compile(r"\.experts\.(gate|up|down)$")

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from model.fp8 import quantise_blocks
+from train.checkpoint.tensor_stream import TensorSpec
 from train.hub.fp8_blocks import count_blocks, dequantise
 from train.hub.names import HubTensor
-from train.tensor_stream import TensorSpec
 
 SCALE = "_scale_inv"  # after the name of a matrix in FP8: its blocks' scales
 

@@ -17,6 +17,8 @@ from data.atomic_file import read_json, write_json
 from data.progress import open_progress
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.rope import RopeScaling
+from train.checkpoint.stored_tensors import StoredTensors, open_checkpoint
+from train.checkpoint.tensor_stream import cut_shards, write_stream
 from train.config import CONFIG_FILE, RunConfig, read_config
 from train.ema import Weights
 from train.hub import published
@@ -26,8 +28,6 @@ from train.hub.folder import INDEX, SINGLE
 from train.hub.gate import GateReport, check_folder, real_tokens
 from train.hub.names import HubTensor, hub_tensors
 from train.hub.tokenizer import export_tokenizer, find_tokenizer
-from train.stored_tensors import StoredTensors, open_checkpoint
-from train.tensor_stream import cut_shards, write_stream
 
 
 @dataclass(slots=True, kw_only=True)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from data.atomic_file import read_json
+from train.checkpoint.tensor_stream import TensorFile, TensorSpec
 from train.hub.dtype import SCALE, decode
 from train.hub.fp8_blocks import count_blocks
 from train.hub.names import HubTensor
-from train.tensor_stream import TensorFile, TensorSpec
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -25,11 +25,11 @@ from data.samples import open_samples
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.transformer import Transformer
+from train.checkpoint.restore import weight_fragments
+from train.checkpoint.stored_tensors import StoredTensors
 from train.hub.dtype import HubDtype, decode, encode, stored_specs
 from train.hub.folder import HubFolder
 from train.hub.names import HubTensor
-from train.restore import weight_fragments
-from train.stored_tensors import StoredTensors
 
 log = logging.getLogger(__name__)
 

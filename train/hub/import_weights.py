@@ -17,14 +17,14 @@ import torch
 from data.tokenizer import load_tokenizer
 from model.config import ModelConfig
 from model.transformer import Transformer
-from train.checkpoint import Checkpoints
+from train.checkpoint.checkpoints import Checkpoints
+from train.checkpoint.stream_checkpoint import Run, write_checkpoint
+from train.checkpoint.tensor_file import BLOCK_BYTES
 from train.config import CONFIG_FILE, RunConfig, describe_config
 from train.hub.config import FILE, HubConfig, from_hub_config, read_hub_config
 from train.hub.folder import HubFolder
 from train.hub.names import MODEL, Family, HubTensor, hub_tensors
 from train.progress import Progress
-from train.stream_checkpoint import Run, write_checkpoint
-from train.tensor_file import BLOCK_BYTES
 
 log = logging.getLogger(__name__)
 

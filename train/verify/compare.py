@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from model.cost import component_of
-from train.manifest import Fragment
+from train.checkpoint.manifest import Fragment
 from train.verify.observation import (
     BUFFER,
     FORWARD,

@@ -1,8 +1,8 @@
 """By which measure a config's observations are compared."""
 
+from train.checkpoint.manifest import Fragment
 from train.config import RunConfig
-from train.manifest import Fragment
-from train.moments import Moments
+from train.optimizer.moments import Moments
 from train.precision import Dtype
 from train.verify.compare import Measure, Tolerances
 from train.verify.config import LEARNING_RATE

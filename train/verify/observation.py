@@ -13,7 +13,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.router import Router
 from model.transformer import Transformer
-from train.manifest import Fragment
+from train.checkpoint.manifest import Fragment
 from train.verify.forward_states import ForwardStates
 
 FORWARD, LOAD, LOSS, GRADIENT, NORM = "forward", "load", "loss", "gradient", "norm"

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 from data.batches import Batches
 from data.position import Position
+from train.checkpoint.manifest import Fragment
 from train.config import RunConfig
-from train.engine import Engine
-from train.manifest import Fragment
+from train.engine.engine import Engine
+from train.engine.sharding import StepResult
 from train.ranks import Ranks
 from train.schedule import batch_size, model_at
-from train.sharding import StepResult
 from train.update import BALANCE_LOSSES, StepReport, count_denominators, update
 from train.verify.forward_states import watch_forward
 from train.verify.observation import (

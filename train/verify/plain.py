@@ -19,10 +19,10 @@ from model.init import initialise
 from model.mtp import shift_targets
 from model.router import Router
 from model.transformer import Sums, Transformer
-from train.adamw import AdamW
+from train.checkpoint.manifest import Fragment
 from train.config import RunConfig
-from train.manifest import Fragment
-from train.optimizer import build_optimizer, parameter_groups
+from train.optimizer.adamw import AdamW
+from train.optimizer.config import build_optimizer, parameter_groups
 from train.precision import Dtype
 from train.schedule import batch_size, model_at
 from train.verify.forward_states import watch_forward

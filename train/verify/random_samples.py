@@ -14,8 +14,8 @@ from data.position import Position
 from data.rows import Rows, stack_rows
 from data.samples import IGNORED, Sample, pack
 from model.config import ModelConfig
+from train.checkpoint.manifest import Fragment
 from train.config import RunConfig
-from train.manifest import Fragment
 
 
 class RandomSamples:

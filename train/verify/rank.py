@@ -4,8 +4,8 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+from train.checkpoint.manifest import Fragment
 from train.config import RunConfig
-from train.manifest import Fragment
 from train.outcome import Outcome, Status
 from train.precision import Dtype
 from train.ranks import Ranks, read_device

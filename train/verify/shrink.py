@@ -15,8 +15,8 @@ from model.mla import MLAConfig
 from model.moe import MoEConfig
 from model.router import GroupScore
 from train.config import RunConfig
-from train.parallel import ParallelConfig
-from train.stages import can_run, count_stages
+from train.engine.stages import can_run, count_stages
+from train.layout.parallel import ParallelConfig
 
 VOCAB_SIZE, DIM, SEQ_LEN = 512, 64, 32
 LORA_RANK, HEAD_DIM, ROPE_DIM = 32, 16, 8

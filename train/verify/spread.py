@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from train.manifest import Fragment
+from train.checkpoint.manifest import Fragment
 from train.verify.compare import by_tensor, component_at, join, moe_layers
 from train.verify.observation import BUFFER, LOAD, LOSS, NORM, TERM, WEIGHT, Key
 

@@ -15,6 +15,8 @@ from model.router import GroupScore, RouterConfig, Score
 from model.transformer import Transformer
 from tests.train.random_run import random_run
 from tests.train.tiny import tiny_model, tiny_run
+from train.checkpoint.restore import restore
+from train.checkpoint.stored_tensors import open_checkpoint
 from train.config import RunConfig
 from train.grow.config import GrowChoices, GrownMoments, Growth, Order, Repeat, Shrink
 from train.grow.experts import plan_experts
@@ -22,8 +24,6 @@ from train.grow.measure import compare, run_model
 from train.grow.run import check, fill_from, grow
 from train.grow.tensors import GrownTensors
 from train.ranks import alone
-from train.restore import restore
-from train.stored_tensors import open_checkpoint
 
 TEXT = torch.randint(0, 512, (3, 24), generator=torch.Generator().manual_seed(1))
 EXACT = 1e-5

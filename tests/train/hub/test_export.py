@@ -24,8 +24,10 @@ from tests.ranks import run_ranks
 from tests.train.hub.families import FAMILIES, GROUPED, moe
 from tests.train.random_run import random_run
 from tests.train.tiny import tiny_model, tiny_run
+from train.checkpoint.restore import restore
+from train.checkpoint.stored_tensors import open_checkpoint
 from train.config import CONFIG_FILE, RunConfig, write_config
-from train.engine import join
+from train.engine.engine import join
 from train.hub.config import family_of
 from train.hub.dtype import HubDtype
 from train.hub.export import ExportConfig, export
@@ -41,11 +43,9 @@ from train.hub.gate import (
 )
 from train.hub.names import hub_tensors
 from train.hub.tokenizer import find_tokenizer
+from train.layout.parallel import ParallelConfig
 from train.loop import train as train_run
-from train.parallel import ParallelConfig
 from train.ranks import alone
-from train.restore import restore
-from train.stored_tensors import open_checkpoint
 
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 EXPERTS = tuple(f"model.layers.2.mlp.experts.{e}.up_proj.weight" for e in (0, 5))

@@ -20,18 +20,18 @@ from model.fp8 import quantise_blocks as quantise
 from tests.train.hub.families import FAMILIES
 from tests.train.random_run import random_run
 from tests.train.tiny import tiny_run
+from train.checkpoint.coverage import check_coverage
+from train.checkpoint.integrity import verify_files
+from train.checkpoint.restore import restore
+from train.checkpoint.stored_tensors import StoredTensors, open_checkpoint
 from train.config import CONFIG_FILE, RunConfig, write_config
-from train.coverage import check_coverage
 from train.hub.config import to_hub_config
 from train.hub.dtype import SCALE, HubDtype
 from train.hub.export import ExportConfig, export
 from train.hub.fp8_blocks import dequantise
 from train.hub.import_weights import describe_model, import_weights
 from train.hub.published import keep_published
-from train.integrity import verify_files
 from train.ranks import alone
-from train.restore import restore
-from train.stored_tensors import StoredTensors, open_checkpoint
 
 Change = Callable[[dict[str, Tensor]], object]
 
