@@ -80,9 +80,8 @@ def read_curve(config: RunConfig) -> dict[int, list[float]]:
     return curve
 
 
-@pytest.mark.parametrize(
-    ("kills", "steps"), [(1, 12), pytest.param(100, 300, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "steps"), [(2, 12), (100, 300)])
 def test_a_run_that_is_killed_at_random_equals_one_that_is_not(
     corpus: Path, tmp_path: Path, kills: int, steps: int
 ) -> None:

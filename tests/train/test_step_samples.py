@@ -78,6 +78,7 @@ def config(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run
     return config
 
 
+@pytest.mark.slow
 def test_a_steps_samples_are_found_again_through_changes_of_ranks_batch_and_blend(
     config: RunConfig,
 ) -> None:

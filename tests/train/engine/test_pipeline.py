@@ -74,6 +74,7 @@ def test_stages_train_the_same_model_as_one_rank(
     assert_same_training(got, reference)
 
 
+@pytest.mark.slow
 def test_a_run_continues_from_one_rank_to_stages_to_parts_of_sequences(
     corpus: Path, tmp_path: Path
 ) -> None:

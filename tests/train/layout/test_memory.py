@@ -75,14 +75,14 @@ def count_bytes(config: RunConfig, num_ranks: int) -> int:
 @pytest.mark.parametrize(
     ("num_ranks", "layout", "more"),
     [
-        (2, {"zero_stage": 1}, {"optimizer": MuonConfig()}),
+        (2, {"zero_stage": 1, "expert": 2}, {}),
         *(
             pytest.param(*layout, marks=pytest.mark.slow)
             for layout in (
                 (2, {"zero_stage": 3}, BF16),
                 (2, {"zero_stage": 0, "expert": 2}, BF16),
                 (4, {"zero_stage": 1, "expert": 2}, BF16),
-                (2, {"zero_stage": 1, "expert": 2}, {}),
+                (2, {"zero_stage": 1}, {"optimizer": MuonConfig()}),
                 (4, {"zero_stage": 2, "expert": 2}, BF16),
                 (2, {"zero_stage": 2}, {"optimizer": OptimizerConfig(moments=Moments.bf16)}),
                 (2, {"zero_stage": 1, "pipeline": 2}, BF16),

@@ -9,10 +9,10 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from tests.train.test_memory import wide_model
 
 from model.recompute import Recompute
 from tests.ranks import run_ranks
+from tests.train.layout.test_memory import wide_model
 from tests.train.tiny import random_batches, tiny_run
 from train.config import RunConfig, check_run
 from train.engine.engine import Engine, join

@@ -76,6 +76,7 @@ def test_a_stopped_rank_is_named_by_the_one_that_waits_for_it(tmp_path: Path) ->
     assert "sent [1, 2]" in text
 
 
+@pytest.mark.slow
 def test_a_rank_that_takes_steps_is_left_alone_for_longer_than_one_may_take(
     tmp_path: Path,
 ) -> None:
