@@ -158,6 +158,7 @@ def test_a_part_ends_with_the_tokens_of_the_next_that_mtp_looks_ahead_to() -> No
     assert first.document_lengths == second.document_lengths == batch.document_lengths
 
 
+@pytest.mark.slow
 def test_a_run_reads_evaluates_and_continues_as_on_one_rank(corpus: Path, tmp_path: Path) -> None:
     model = four_heads()
     expected = run_on(tmp_path / "one", corpus, 1, model=model, steps=6)
