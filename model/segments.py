@@ -7,7 +7,7 @@ and on CPUs, each segment is a product of its own, and segments of equal length 
 
 import inspect
 from collections import defaultdict
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -15,12 +15,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.attention import varlen
 
 from model.recompute import rebuild
 
 WIDEST_FLASH_HEAD = 256
-VARLEN_TAKES = inspect.signature(varlen.varlen_attn).parameters
 
 
 def attend_segments(
@@ -45,23 +43,33 @@ def has_varlen_kernel(query: Tensor) -> bool:
         and query.shape[-1] <= WIDEST_FLASH_HEAD
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
-        and {"scale", "window_size"} <= VARLEN_TAKES.keys()  # torch before 2.11 had neither
+        and {"scale", "window_size"} <= _varlen_takes()  # torch before 2.11 had neither
     )
+
+
+@cache
+def _varlen_takes() -> set[str]:
+    """The arguments of torch's kernel."""
+    from torch.nn.attention.varlen import varlen_attn  # brings sympy: only its users wait for that
+
+    return set(inspect.signature(varlen_attn).parameters)
 
 
 def _by_varlen(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, segments: list[int]
 ) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
     value_dim = value.shape[-1]
     value = rebuild(F.pad, value, (0, query.shape[-1] - value_dim))  # the kernel's one width
     borders, longest = _borders(tuple(segments), query.device), max(segments)
     options: dict[str, Any] = {}
-    if "enable_gqa" in VARLEN_TAKES:
+    if "enable_gqa" in _varlen_takes():
         options["enable_gqa"] = key.shape[1] != query.shape[1]
     elif key.shape[1] != query.shape[1]:
         sharing = query.shape[1] // key.shape[1]
         key, value = (tensor.repeat_interleave(sharing, dim=1) for tensor in (key, value))
-    mixed = varlen.varlen_attn(
+    mixed = varlen_attn(
         query.contiguous(),
         key.contiguous(),
         value.contiguous(),
