@@ -71,9 +71,9 @@ def read_rows(
     for start in range(0, len(rows), batch_size):
         some = slice(start, start + batch_size)
         (tokens, targets, positions), is_real = numbers[:, some], all_real[some]
-        layout = _lay_out(located[some], seq_len, pad_id, dtype)
         flat = tokens.reshape(-1), targets.reshape(-1)
-        try:
+        try:  # rearranged documents are read while rows are laid out
+            layout = _lay_out(located[some], seq_len, pad_id, dtype)
             _fill(layout, gather, *flat, seq_len, is_masked=mask_documents)
         except OSError as error:
             raise OSError(_find_fault(located[some]) or str(error)) from error
@@ -176,7 +176,7 @@ class _Layout(NamedTuple):
 
 
 def _lay_out(rows: list[_Located], seq_len: int, pad_id: int, dtype: np.dtype[Any]) -> _Layout:
-    """Where everything of these rows lies, still unread."""
+    """Where everything of these rows lies, still unread but for rearranged documents."""
     layout = _Layout([], [], [], [], [], [], [])
     views, following, all_lengths, ends, all_goes_on, prompts, padding = layout
     row_end = 0

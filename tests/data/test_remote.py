@@ -85,12 +85,15 @@ def test_a_remote_shard_that_vanishes_is_tried_again_and_then_named(
     assert "attempt 1 of 2" in caplog.text
 
 
+@pytest.mark.parametrize("rate", [0.0, 1.0])
 def test_a_fault_beside_remote_shards_is_named_and_not_their_missing_copies(
-    url: str, prepared: Prepared, tmp_path: Path
+    url: str, prepared: Prepared, tmp_path: Path, rate: float
 ) -> None:
     near = shutil.copytree(prepared.folder, tmp_path / "near")
     patience = RetryConfig(attempts=1, wait_seconds=0)
-    config = mixture(tmp_path / "mixture", url, cache_bytes=0, retry=patience, fim=FimConfig())
+    config = mixture(
+        tmp_path / "mixture", url, cache_bytes=0, retry=patience, fim=FimConfig(rate=rate)
+    )
     config.sources.append(SourceConfig(name="b", folder=str(near), weight=1))
     prepare(config)
     data = TrainingData(config, seed=4)
