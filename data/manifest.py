@@ -13,7 +13,7 @@ from typing import Any
 
 from data.atomic_file import hash_file, read_json, write_json
 from data.config import Verify
-from data.tokenizer import FimIds
+from data.tokenizer import FimIds, load_tokenizer
 
 FILE = "manifest.json"
 VERSION = 2
@@ -111,6 +111,19 @@ class Manifest:
     def split(self, split: Split) -> SplitRecord:
         """The record of one split."""
         return self.train if split is Split.train else self.validation
+
+
+def record_tokenizer(path: Path) -> TokenizerRecord:
+    """The record of a tokenizer's file in the corpus' folder."""
+    tokenizer = load_tokenizer(path)
+    return TokenizerRecord(
+        file=record_file(path),
+        size=tokenizer.size,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        fim=tokenizer.fim,
+    )
 
 
 def record_file(path: Path) -> FileRecord:

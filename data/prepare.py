@@ -54,9 +54,9 @@ from data.manifest import (
     ShardRecord,
     Split,
     SplitRecord,
-    TokenizerRecord,
     read_manifest,
     record_file,
+    record_tokenizer,
     verify_corpus,
     write_manifest,
 )
@@ -202,7 +202,7 @@ def _make_tokenizer(
 
 
 def _finish(config: DataConfig, folder: Path, shards: list[EncodedShard]) -> Manifest:
-    tokenizer = load_tokenizer(tokenizer_path(config))
+    tokenizer = record_tokenizer(tokenizer_path(config))
     splits = {
         Split.train: [shard.train for shard in shards if shard.train],
         Split.validation: [shard.validation for shard in shards if shard.validation],
@@ -212,14 +212,7 @@ def _finish(config: DataConfig, folder: Path, shards: list[EncodedShard]) -> Man
         if not records:
             raise ValueError(_explain_empty(config, split, total_bytes))
     manifest = Manifest(
-        tokenizer=TokenizerRecord(
-            file=record_file(tokenizer_path(config)),
-            size=tokenizer.size,
-            bos_id=tokenizer.bos_id,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-            fim=tokenizer.fim,
-        ),
+        tokenizer=tokenizer,
         train=_finish_split(folder, Split.train, splits[Split.train], tokenizer.size),
         validation=_finish_split(
             folder, Split.validation, splits[Split.validation], tokenizer.size

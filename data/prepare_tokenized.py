@@ -21,8 +21,8 @@ from data.manifest import (
     ShardRecord,
     Split,
     SplitRecord,
-    TokenizerRecord,
     record_file,
+    record_tokenizer,
     write_manifest,
 )
 from data.shards import Shard, bin_path, idx_path
@@ -55,14 +55,7 @@ def prepare_tokenized(config: TokenizedData, *, folder: Path, tokenizer_path: Pa
         )
     _refuse_two_types([prefix for split in shards.values() for prefix in split])
     manifest = Manifest(
-        tokenizer=TokenizerRecord(
-            file=record_file(tokenizer_path),
-            size=tokenizer.size,
-            bos_id=tokenizer.bos_id,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-            fim=tokenizer.fim,
-        ),
+        tokenizer=record_tokenizer(tokenizer_path),
         train=_describe(folder, Split.train, shards[Split.train], tokenizer),
         validation=_describe(folder, Split.validation, shards[Split.validation], tokenizer),
         empty_documents=0,
