@@ -45,7 +45,8 @@ def grow_on_resume(config: LaunchedRun) -> LaunchedRun:
     if not config.grow.on_resume or not has_begun(run_dir):
         return settled
     kept = read_config(run_dir / CONFIG_FILE, LaunchedRun)
-    refuse_fixed(run_dir, compare(kept, config), but="model")
+    changes = compare(kept, config)
+    refuse_fixed(run_dir, changes, but="model")
     manifest = Checkpoints(run_dir).find_newest(alone())
     assert manifest is not None, "a run that has begun has a checkpoint, or find_newest refuses"
     old = config_of(manifest)
@@ -53,7 +54,7 @@ def grow_on_resume(config: LaunchedRun) -> LaunchedRun:
     if not check_growth(describe_config(old)["model"], model):
         return settled
     old.data = config.data  # where the corpus is now
-    for change in compare(kept, config):
+    for change in changes:
         log.info("changed since the last start: %s", change)
     grown = grow(
         run_dir,

@@ -50,6 +50,10 @@ class Attempt(NamedTuple):
     nodes: list[Ready]
     launch: LaunchConfig
 
+    @property
+    def hosts(self) -> list[str]:
+        return [node.host for node in self.nodes]
+
     def hosts_of(self, ranks: list[int]) -> list[str]:
         """Where these ranks are."""
         return [self.nodes[rank // self.launch.processes].host for rank in ranks]
@@ -125,9 +129,8 @@ class JobStarter:
         first = attempt.nodes[0]
         extra: dict[str, str] = {}
         if isinstance(self.launch, PdshLaunch):
-            hosts = [node.host for node in attempt.nodes]
             environment = job_environment(attempt)
-            files = pdsh_files(self.launch, attempt.run_dir, hosts, environment)
+            files = pdsh_files(self.launch, attempt.run_dir, attempt.hosts, environment)
             for path, text in files.items():
                 path.write_text(text)
             extra = pdsh_environment(attempt.run_dir)
@@ -137,12 +140,10 @@ class JobStarter:
             signal_ranks = partial(_signal_nodes, self.launch, attempt, process)
         else:
             signal_ranks = partial(_signal_step, process)
-        hosts = [node.host for node in attempt.nodes]
-        return [JobLink(hosts, process, events, hear, signal_ranks=signal_ranks)]
+        return [JobLink(attempt.hosts, process, events, hear, signal_ranks=signal_ranks)]
 
     def commands(self, attempt: Attempt) -> list[list[str]]:
-        hosts = [node.host for node in attempt.nodes]
-        first = attempt.nodes[0]
+        hosts, first = attempt.hosts, attempt.nodes[0]
         match self.launch:
             case SlurmLaunch():
                 return [srun_command(self.launch, attempt.run_dir, hosts)]
@@ -178,7 +179,7 @@ def build_order(attempt: Attempt, node: int) -> Order:
         run_dir=str(attempt.run_dir),
         run_id=attempt.run_id,
         attempt=attempt.number,
-        hosts=[ready.host for ready in attempt.nodes],
+        hosts=attempt.hosts,
         node=node,
         processes=launch.processes,
         address=first.address,
@@ -207,9 +208,8 @@ def _signal_nodes(
     launch: HostsLaunch, attempt: Attempt, process: subprocess.Popen[str], word: str
 ) -> None:
     """`stop` or `kill` for an attempt's ranks, on every node that can be reached."""
-    hosts = [node.host for node in attempt.nodes]
     arguments = [str(attempt.run_dir), attempt.run_id, word]
-    ask_all(launch, hosts, "launch.signal_ranks", arguments, seconds=SIGNAL_SECONDS)
+    ask_all(launch, attempt.hosts, "launch.signal_ranks", arguments, seconds=SIGNAL_SECONDS)
     if word == "kill":
         process.kill()
 

@@ -89,7 +89,7 @@ class Supervisor:
             grace_seconds=self.config.launch.grace_seconds,
             after=self.last_failure,
         )
-        names = [node.host for node in nodes]
+        names = attempt.hosts
         ranks = len(nodes) * self.config.launch.processes
         text = f"{ranks} ranks on {', '.join(names)}, from step {max(self._newest_step(), 0)}"
         self.timeline.note("started", text, attempt=number, hosts=names)
