@@ -6,13 +6,12 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from launch.compose import Job, run_jobs, to_config, worst
-from launch.run_folder import newest_run
+from launch.compose import Job, first_word_is_the_action, run_jobs, to_config, worst
+from launch.run_folder import default_to_newest
 from train.checkpoint.integrity import CheckpointVerify
 from train.checkpoint.tools import (
     average_checkpoints,
@@ -53,15 +52,13 @@ class CheckpointsConfig:
 
 def main() -> ExitCode:
     """Do what the first word says."""
-    if len(sys.argv) > 1 and sys.argv[1] in Action.__members__:
-        sys.argv[1] = f"action={sys.argv[1]}"
+    first_word_is_the_action(Action)
     return worst(run_jobs(checkpoints_job, schema=CheckpointsConfig, config_name="checkpoints"))
 
 
 def checkpoints_job(job: Job) -> ExitCode:
     """One action; without run_dir on the newest run."""
-    if OmegaConf.is_missing(job.values, "run_dir"):
-        job.values.run_dir = newest_run()
+    default_to_newest(job.values)
     config = to_config(job.values, CheckpointsConfig)
     match config.action:
         case Action.list:

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -94,6 +95,12 @@ def run_jobs(
         if not show_traceback:
             del os.environ[RAISE_ERRORS]
     return results
+
+
+def first_word_is_the_action(actions: type[StrEnum]) -> None:
+    """Let `thrifty VERB ACTION ...` be short for `thrifty VERB action=ACTION ...`."""
+    if len(sys.argv) > 1 and sys.argv[1] in actions.__members__:
+        sys.argv[1] = f"action={sys.argv[1]}"
 
 
 def to_config(values: DictConfig, schema: type[Config]) -> Config:

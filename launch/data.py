@@ -6,17 +6,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from data.atomic_file import write_aside
 from data.config import find_folder
 from data.manifest import read_manifest
 from data.position import Position
 from data.tokenizer import load_tokenizer
 from data.training_data import TrainingData
-from launch.compose import Job, run_jobs, to_config, worst
+from launch.compose import Job, first_word_is_the_action, run_jobs, to_config, worst
 from launch.html_page import bars, table, write_html
-from launch.run_folder import newest_run
+from launch.run_folder import default_to_newest
 from launch.shown_samples import describe_samples, print_samples, render_samples
 from train.config import CONFIG_FILE, RunConfig, read_config
 from train.data_statistics import SourceStatistics, describe_sources
@@ -45,15 +43,13 @@ class LookConfig:
 
 def main() -> ExitCode:
     """Do what the first word says."""
-    if len(sys.argv) > 1 and sys.argv[1] in Action.__members__:
-        sys.argv[1] = f"action={sys.argv[1]}"
+    first_word_is_the_action(Action)
     return worst(run_jobs(look_job, schema=LookConfig, config_name="look"))
 
 
 def look_job(job: Job) -> ExitCode:
     """One action; without run on the newest run."""
-    if OmegaConf.is_missing(job.values, "run"):
-        job.values.run = newest_run()
+    default_to_newest(job.values, key="run")
     config = to_config(job.values, LookConfig)
     if config.documents < 1:
         raise ValueError(f"documents={config.documents} must be at least 1; choose e.g. 100000")

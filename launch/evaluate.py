@@ -2,10 +2,8 @@
 
 import sys
 
-from omegaconf import OmegaConf
-
 from launch.compose import Job, run_jobs, to_config, worst
-from launch.run_folder import newest_run
+from launch.run_folder import default_to_newest
 from train.evaluate_run import EvaluateConfig, evaluate_run
 from train.outcome import ExitCode
 
@@ -17,8 +15,7 @@ def main() -> ExitCode:
 
 def evaluate_job(job: Job) -> ExitCode:
     """Print one checkpoint's evaluation; without run_dir, of the newest run."""
-    if OmegaConf.is_missing(job.values, "run_dir"):
-        job.values.run_dir = newest_run()
+    default_to_newest(job.values)
     config = to_config(job.values, EvaluateConfig)
     evaluation = evaluate_run(config)
     print(f"run               {config.run_dir}")

@@ -3,10 +3,8 @@
 import logging
 import sys
 
-from omegaconf import OmegaConf
-
 from launch.compose import Job, run_jobs, to_config, worst
-from launch.run_folder import newest_run
+from launch.run_folder import default_to_newest
 from train.hub.export import ExportConfig, export
 from train.hub.gate import GateError
 from train.outcome import ExitCode
@@ -20,8 +18,7 @@ def main() -> ExitCode:
 
 def export_job(job: Job) -> ExitCode:
     """Export one checkpoint and say what the gate found; without run_dir, of the newest run."""
-    if OmegaConf.is_missing(job.values, "run_dir"):
-        job.values.run_dir = newest_run()
+    default_to_newest(job.values)
     config = to_config(job.values, ExportConfig)
     try:
         exported = export(config)

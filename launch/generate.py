@@ -3,10 +3,8 @@
 import json
 import sys
 
-from omegaconf import OmegaConf
-
 from launch.compose import Job, run_jobs, to_config, worst
-from launch.run_folder import newest_run
+from launch.run_folder import default_to_newest
 from train.generate import Effort, GenerateConfig, Writer
 from train.outcome import ExitCode
 
@@ -23,8 +21,7 @@ def main() -> ExitCode:
     sys.argv[1:] = [text for text in arguments if not text.startswith(PROMPT)]
 
     def generate_job(job: Job) -> ExitCode:
-        if OmegaConf.is_missing(job.values, "run_dir"):
-            job.values.run_dir = newest_run()
+        default_to_newest(job.values)
         config = to_config(job.values, GenerateConfig)
         config.prompts += prompts
         writer = Writer(config)

@@ -7,7 +7,7 @@ from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import TypeVar, get_type_hints
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from launch.config import LaunchedRun
 from model.moe import MoEConfig
@@ -129,6 +129,16 @@ def newest_run(folder: Path = Path("runs")) -> str:
     if not found:
         raise ValueError(f"run_dir is not given, and {folder}/ holds no run; give run_dir=FOLDER")
     return str(max(found, key=lambda path: path.stat().st_mtime).parent)
+
+
+def default_to_newest(values: DictConfig, *, key: str = "run_dir") -> None:
+    """Fill in the newest run where the command line names none.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if OmegaConf.is_missing(values, key):
+        values[key] = newest_run()
 
 
 @contextmanager
