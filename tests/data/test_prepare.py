@@ -99,22 +99,11 @@ def test_a_second_run_does_nothing_and_says_so(
 
 
 PREPARE_AND_DIE = """
-import os, signal, sys
-from contextlib import contextmanager
+import sys
 from data.config import FilesData
 from data.prepare import prepare
 from data.tokenizer import TokenizerConfig
-
-class Dying:
-    @contextmanager
-    def stage(self, name, *, total_bytes):
-        finished = 0
-        def advance(num_bytes):
-            nonlocal finished
-            finished += 1
-            if name == "tokenize" and finished == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-        yield advance
+from tests.data.dying import Dying
 
 if __name__ == "__main__":
     folder, source = sys.argv[1:]
@@ -122,7 +111,7 @@ if __name__ == "__main__":
         folder=folder, paths=[source], tokenizer=TokenizerConfig(vocab_size=400),
         validation_fraction=0.2, shard_bytes=6000, processes=2,
     )
-    prepare(config, progress=Dying())
+    prepare(config, progress=Dying("tokenize", shards=3))
 """
 
 

@@ -246,25 +246,14 @@ def write_corpus(path: Path, tokenizer: Path, *, more: int = 0) -> FilesData:
 
 
 PREPARE_AND_DIE = """
-import os, signal, sys
-from contextlib import contextmanager
+import sys
 from pathlib import Path
 from data.prepare import prepare
+from tests.data.dying import Dying
 from tests.data.test_select import write_corpus
 
-class Dying:
-    @contextmanager
-    def stage(self, name, *, total_bytes):
-        finished = 0
-        def advance(num_bytes):
-            nonlocal finished
-            finished += 1
-            if name == "select" and finished == 5:
-                os.kill(os.getpid(), signal.SIGKILL)
-        yield advance
-
 if __name__ == "__main__":
-    prepare(write_corpus(*map(Path, sys.argv[1:])), progress=Dying())
+    prepare(write_corpus(*map(Path, sys.argv[1:])), progress=Dying("select", shards=5))
 """
 
 
