@@ -16,10 +16,9 @@ was killed goes on after the shards that it finished.
 """
 
 import errno
-import fcntl
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +47,7 @@ from data.encode_shard import (
     clear_records,
     split_of,
 )
+from data.file_lock import hold_lock
 from data.manifest import (
     FILE,
     Manifest,
@@ -96,8 +96,10 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Prepared
     if isinstance(config, MixtureData):
         return Prepared(folder, prepare_mixture(config), was_ready=False)
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / FILE).is_file():  # a finished corpus is anyone's to read, at any time
+        return _accept_finished(config, folder)
     with _lock(folder):
-        if (folder / FILE).is_file():
+        if (folder / FILE).is_file():  # by now
             return _accept_finished(config, folder)
         if isinstance(config, TokenizedData):
             tokenized = prepare_tokenized(
@@ -124,7 +126,9 @@ def _accept_finished(config: DataConfig, folder: Path) -> Prepared:
     now = origin.describe_origin(config, verify=config.verify)
     origin.refuse_change(folder, kept=origin.read_origin(folder), now=now)
     verify_corpus(folder, manifest, verify=Verify.fast)
-    clear_records(folder)  # of a run that was killed after it had written the manifest
+    if (folder / RECORDS).is_dir():  # of a run that was killed after it had written the manifest
+        with suppress(ValueError, OSError), _lock(folder):  # or that is at it, or not ours to touch
+            clear_records(folder)
     tokens = manifest.train.tokens + manifest.validation.tokens
     log.info("%s is prepared already (%d tokens), nothing to do", folder, tokens)
     return Prepared(folder, manifest, was_ready=True)
@@ -280,10 +284,10 @@ def _explain_failure(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Keeps a second `prepare` out; the system lifts the lock when this process ends."""
-    with open(folder / "prepare.lock", "wb") as file:
+    """Keeps a second `prepare` out while a corpus is made."""
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(hold_lock(folder / "prepare.lock", waits=False))
         except BlockingIOError as error:
             raise ValueError(
                 f"data.folder={folder} is being prepared by another process; "

@@ -15,6 +15,7 @@ from data.atomic_file import write_aside, write_json
 from data.blend import SourceConfig
 from data.config import MixtureData, find_folder
 from data.documents import write_index
+from data.file_lock import hold_lock
 from data.manifest import (
     FileRecord,
     Manifest,
@@ -55,18 +56,19 @@ def prepare_mixture(config: MixtureData) -> Manifest:
                 f"{name} again with data.tokenizer.path={given}"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    with write_aside(folder / tokenizer.file.name) as file:
-        file.write((folders[first] / tokenizer.file.name).read_bytes())
-    sources = [asdict(source) for source in config.sources]
-    write_json(folder / origin.FILE, {"settings": {"kind": config.kind}, "sources": sources})
-    manifest = Manifest(
-        tokenizer=tokenizer,
-        train=_join(config, manifests, Split.train),
-        validation=_join(config, manifests, Split.validation),
-        empty_documents=sum(manifest.empty_documents for manifest in manifests.values()),
-        origin=record_file(folder / origin.FILE),
-    )
-    write_manifest(folder, manifest)
+    with hold_lock(folder / "prepare.lock", waits=True):  # of another run that begins now
+        with write_aside(folder / tokenizer.file.name) as file:
+            file.write((folders[first] / tokenizer.file.name).read_bytes())
+        sources = [asdict(source) for source in config.sources]
+        write_json(folder / origin.FILE, {"settings": {"kind": config.kind}, "sources": sources})
+        manifest = Manifest(
+            tokenizer=tokenizer,
+            train=_join(config, manifests, Split.train),
+            validation=_join(config, manifests, Split.validation),
+            empty_documents=sum(manifest.empty_documents for manifest in manifests.values()),
+            origin=record_file(folder / origin.FILE),
+        )
+        write_manifest(folder, manifest)
     log.info("%s: %s", folder, ", ".join(f"{n} {m.train.tokens:,}" for n, m in manifests.items()))
     return manifest
 

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -317,6 +318,27 @@ def test_two_runs_in_one_folder_are_refused(make_config: ConfigMaker, tmp_path: 
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="is being prepared by another process"):
             prepare(make_config(tmp_path))
+
+
+def test_a_finished_corpus_needs_no_lock(prepared: Prepared, make_config: ConfigMaker) -> None:
+    with open(prepared.folder / "prepare.lock", "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert prepare(make_config(prepared.folder)).was_ready
+
+
+def test_what_a_killed_run_left_behind_is_cleared_unless_it_is_still_at_it(
+    prepared: Prepared, make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(prepared.folder, tmp_path / "corpus")
+    left = folder / "finished_shards" / "00000.json"
+    left.parent.mkdir()
+    left.touch()
+    with open(folder / "prepare.lock", "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        prepare(make_config(folder))
+        assert left.exists()
+    prepare(make_config(folder))
+    assert not left.parent.exists()
 
 
 def test_a_validation_document_stays_one_when_data_are_added(

@@ -14,6 +14,7 @@ from data.samples import open_samples
 from data.tokenizer import TokenizerConfig
 from data.unigram import read_unigram
 from tests.data.conftest import ConfigMaker
+from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +87,14 @@ def test_what_cannot_be_mixed_is_refused_with_the_source_and_a_way_out(
     config = mix(tmp_path / "mixture", prepared.folder, foreign.folder)
     with pytest.raises(ValueError, match=r"is also a source's; the mixture needs a folder of its"):
         prepare(replace(config, folder=str(prepared.folder)))
+
+
+def test_runs_that_begin_at_once_may_share_a_mixtures_folder(
+    prepared: Prepared, other: FilesData, tmp_path: Path
+) -> None:
+    config = mix(tmp_path / "mixture", prepared.folder, other.folder)
+
+    def prepare_often() -> list[str]:
+        return [prepare(config).manifest.origin.sha256 for _ in range(10)]
+
+    assert len({one for made in run_ranks(3, prepare_often) for one in made}) == 1
