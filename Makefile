@@ -55,7 +55,7 @@ check: $(INSTALLED) ## format, lint, types, docs
 	$(PYTHON) -m mkdocs build --strict --quiet --site-dir $(VENV)/site
 
 docs: $(INSTALLED) ## docs/configs.md from the code, then the pages into site/
-	$(PYTHON) -m launch.reference
+	$(PYTHON) -m launch.pages.reference
 	$(PYTHON) -m mkdocs build --strict
 
 bench: $(INSTALLED) ## measure against peers, on the device that is there

@@ -9,10 +9,10 @@ from pathlib import Path
 from data.config import MixtureData, find_folder
 from data.mirror import is_remote
 from data.prepare import prepare
-from launch.compose import Job, to_config
-from launch.config import LaunchedRun, LocalLaunch, check_launched
 from launch.grow_on_resume import grow_on_resume
 from launch.run_folder import hold_folder, prepare_folder, take_up
+from launch.settings.compose import Job, to_config
+from launch.settings.config import LaunchedRun, LocalLaunch, check_launched
 from train.checkpoint.restore import check_start
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from launch.compose import Job, first_word_is_the_action, run_jobs, to_config, worst
 from launch.run_folder import default_to_newest
+from launch.settings.compose import Job, first_word_is_the_action, run_jobs, to_config, worst
 from train.checkpoint.integrity import CheckpointVerify
 from train.checkpoint.tools import (
     average_checkpoints,

@@ -12,9 +12,9 @@ from data.manifest import read_manifest
 from data.position import Position
 from data.tokenizer import load_tokenizer
 from data.training_data import TrainingData
-from launch.compose import Job, first_word_is_the_action, run_jobs, to_config, worst
 from launch.html_page import bars, table, write_html
 from launch.run_folder import default_to_newest
+from launch.settings.compose import Job, first_word_is_the_action, run_jobs, to_config, worst
 from launch.shown_samples import describe_samples, print_samples, render_samples
 from train.config import CONFIG_FILE, RunConfig, read_config
 from train.data_statistics import SourceStatistics, describe_sources

@@ -1,7 +1,7 @@
 """`thrifty doctor`: are the nodes fit for this run? Also asked before every launch.
 
-Each node answers twice: what it is (`launch.probe`), and, once all have left a mark in the run's
-folder, whose marks it sees and how fast it reaches the others (`launch.network`).
+Each node answers twice: what it is (`launch.fitness.probe`), and, once all have left a mark in the
+run's folder, whose marks it sees and how fast it reaches the others (`launch.fitness.network`).
 """
 
 import json
@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig, MixtureData
-from launch.answer import ask_here
 from launch.begin import settle
-from launch.compose import Job, run_jobs, worst
-from launch.config import HostsLaunch, LaunchConfig, LaunchedRun, LocalLaunch, SshLaunch
-from launch.findings import Findings, report
-from launch.probe import mark_path
-from launch.rates import describe_rates, list_rates
-from launch.ssh import ask_all
+from launch.fitness.findings import Findings, report
+from launch.fitness.probe import mark_path
+from launch.fitness.rates import describe_rates, list_rates
+from launch.nodes.answer import ask_here
+from launch.nodes.ssh import ask_all
+from launch.settings.compose import Job, run_jobs, worst
+from launch.settings.config import HostsLaunch, LaunchConfig, LaunchedRun, LocalLaunch, SshLaunch
 from train.outcome import ExitCode
 
 log = logging.getLogger(__name__)
@@ -64,12 +64,13 @@ def examine(config: LaunchedRun) -> Findings:
     }
     port = getattr(launch, "port", None)
     # The first node's address is what ssh reached it by; the others look for their way to that.
-    first = ask("launch.probe", [{**common, "first": "", "port": port, "node": 0}], hosts[:1])
+    asked_first = {**common, "first": "", "port": port, "node": 0}
+    first = ask("launch.fitness.probe", [asked_first], hosts[:1])
     address = str((first[0].get("interface") or {}).get("address") or "")
     asked = [
         {**common, "first": address, "port": None, "node": node} for node in range(1, len(hosts))
     ]
-    facts = [*first, *(ask("launch.probe", asked, hosts[1:]) if asked else [])]
+    facts = [*first, *(ask("launch.fitness.probe", asked, hosts[1:]) if asked else [])]
     try:
         good = _judge_reach(findings, hosts, facts)
         for check in CHECKS:
@@ -115,7 +116,7 @@ def _asker(config: LaunchedRun) -> Callable[[str, list[dict[str, Any]], list[str
     launch = config.launch
 
     def ask(module: str, questions: list[dict[str, Any]], hosts: list[str]) -> list[Facts]:
-        seconds = NETWORK_SECONDS if module == "launch.network" else PROBE_SECONDS
+        seconds = NETWORK_SECONDS if module == "launch.fitness.network" else PROBE_SECONDS
         inputs = [json.dumps(question) for question in questions]
         if isinstance(launch, HostsLaunch):
             return ask_all(launch, hosts, module, [], seconds=seconds, inputs=inputs)
@@ -263,7 +264,7 @@ def _judge_network(
         }
         for node, host in enumerate(hosts)
     ]
-    answers = ask("launch.network", questions, hosts)
+    answers = ask("launch.fitness.network", questions, hosts)
     for host, answer in zip(hosts, answers, strict=True):
         unseen = [name for node, name in enumerate(hosts) if node not in answer.get("seen", [])]
         problem = f"does not hold what {', '.join(unseen)} wrote" if unseen else ""

@@ -2,8 +2,8 @@
 
 import sys
 
-from launch.compose import Job, run_jobs, to_config, worst
 from launch.run_folder import default_to_newest
+from launch.settings.compose import Job, run_jobs, to_config, worst
 from train.evaluate_run import EvaluateConfig, evaluate_run
 from train.outcome import ExitCode
 

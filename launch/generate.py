@@ -3,8 +3,8 @@
 import json
 import sys
 
-from launch.compose import Job, run_jobs, to_config, worst
 from launch.run_folder import default_to_newest
+from launch.settings.compose import Job, run_jobs, to_config, worst
 from train.generate import Effort, GenerateConfig, Writer
 from train.outcome import ExitCode
 

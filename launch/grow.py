@@ -5,9 +5,9 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from launch.compose import Job, run_jobs, to_config, worst
-from launch.config import LaunchedRun, check_launched
 from launch.run_folder import apply_overrides, compare, hold_folder, prepare_folder, refuse_fixed
+from launch.settings.compose import Job, run_jobs, to_config, worst
+from launch.settings.config import LaunchedRun, check_launched
 from train.config import CONFIG_FILE, read_config
 from train.grow.config import GrownMoments
 from train.grow.measure import Difference, describe

@@ -13,8 +13,8 @@ import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 
-from launch.config import LaunchedRun
 from launch.run_folder import compare, has_begun, refuse_fixed
+from launch.settings.config import LaunchedRun
 from train.checkpoint.checkpoints import Checkpoints
 from train.checkpoint.manifest import Manifest, read_manifest
 from train.config import CONFIG_FILE, RunConfig, describe_config, read_config, typed, write_config

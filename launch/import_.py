@@ -9,9 +9,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from data.atomic_file import hash_file
-from launch.compose import Job, run_jobs, to_config, worst
-from launch.config import LaunchedRun, check_launched
 from launch.run_folder import hold_folder, prepare_folder
+from launch.settings.compose import Job, run_jobs, to_config, worst
+from launch.settings.config import LaunchedRun, check_launched
 from train.config import model_schema
 from train.hub.import_weights import describe_model, import_weights
 from train.hub.published import FOLDER, find_published_tokenizer, keep_published

@@ -7,8 +7,13 @@ import sys
 from pathlib import Path
 
 from launch.begin import begin, settle
-from launch.compose import Job, run_jobs, worst
-from launch.config import (
+from launch.doctor import examine
+from launch.fitness.findings import report
+from launch.nodes.node_ranks import LOOPBACK
+from launch.nodes.order import without_secrets
+from launch.nodes.ssh import remote_command
+from launch.settings.compose import Job, run_jobs, worst
+from launch.settings.config import (
     HostsLaunch,
     LaunchedRun,
     PdshLaunch,
@@ -16,15 +21,10 @@ from launch.config import (
     SshLaunch,
     TorchrunLaunch,
 )
-from launch.doctor import examine
-from launch.findings import report
-from launch.help import describe_launch
-from launch.job_commands import pdsh_files
-from launch.node_ranks import LOOPBACK
-from launch.order import without_secrets
-from launch.slurm import submit, write_script
-from launch.ssh import remote_command
-from launch.starters import (
+from launch.settings.help import describe_launch
+from launch.start.job_commands import pdsh_files
+from launch.start.slurm import submit, write_script
+from launch.start.starters import (
     Attempt,
     LocalStarter,
     Ready,
@@ -33,7 +33,7 @@ from launch.starters import (
     build_starter,
     job_environment,
 )
-from launch.supervise import Supervisor
+from launch.survive.supervise import Supervisor
 from launch.sweep import report_sweep
 from train.outcome import ExitCode, Status
 
@@ -109,9 +109,9 @@ def show_job(job: Job) -> ExitCode:
 
 def show_questions(launch: HostsLaunch, hosts: list[str]) -> None:
     """The commands by which nodes are asked what they are, before a start."""
-    modules = ["launch.probe", "launch.network"] if launch.doctor.enabled else []
+    modules = ["launch.fitness.probe", "launch.fitness.network"] if launch.doctor.enabled else []
     if isinstance(launch, SshLaunch):
-        modules.append("launch.hello")
+        modules.append("launch.nodes.hello")
     for module in modules:
         print(f"# before the start, likewise on {', '.join(hosts)}:")
         print(shlex.join(remote_command(launch, hosts[0], module)))
@@ -140,18 +140,19 @@ def describe_torchrun(config: LaunchedRun) -> str:
     """The command for each node of a cluster that starts the ranks itself."""
     launch = config.launch
     assert isinstance(launch, TorchrunLaunch)
+    rank = ["-m", "launch.nodes.rank", str(Path(config.run_dir).absolute())]
     command = [
         *("torchrun", f"--nnodes={launch.nodes}", f"--nproc-per-node={launch.processes}"),
         *("--rdzv-backend=c10d", f"--rdzv-endpoint={launch.rendezvous}"),
         *("--rdzv-id=thrifty", f"--max-restarts={launch.supervision.max_restarts}"),
-        *("-m", "launch.rank", str(Path(config.run_dir).absolute())),
+        *rank,
     ]
     return "\n".join(
         [
             "# On each node (torch 2.13 with gloo needs the variable for restarts to work):",
             f"TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 {shlex.join(command)}",
             "# Or start each rank with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT set:",
-            shlex.join([sys.executable, "-m", "launch.rank", str(Path(config.run_dir).absolute())]),
+            shlex.join([sys.executable, *rank]),
         ]
     )
 

@@ -6,8 +6,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from launch.compose import Job, run_jobs, to_config, worst
-from launch.config import LaunchedRun
+from launch.settings.compose import Job, run_jobs, to_config, worst
+from launch.settings.config import LaunchedRun
 from model.config import ModelConfig
 from model.cost import MTP, flops_by_component, parameters_by_component
 from model.memory import routed_peak

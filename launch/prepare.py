@@ -6,8 +6,8 @@ import sys
 from data.config import MixtureData, find_folder
 from data.prepare import prepare
 from data.report import describe_report, describe_sources, read_report
-from launch.compose import Job, run_jobs, to_config, worst
-from launch.config import LaunchedRun, check_launched
+from launch.settings.compose import Job, run_jobs, to_config, worst
+from launch.settings.config import LaunchedRun, check_launched
 from train.outcome import ExitCode
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
-from launch.config import LaunchedRun
+from launch.settings.config import LaunchedRun
 from model.moe import MoEConfig
 from model.router import RouterConfig
 from train.checkpoint.checkpoints import FOLDER

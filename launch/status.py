@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from launch.run_folder import newest_run
-from launch.timeline import read_timeline
+from launch.survive.timeline import read_timeline
 from train.checkpoint.checkpoints import Checkpoints
 from train.config import CONFIG_FILE
 from train.journal import read_records

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from launch.compose import Result
+from launch.settings.compose import Result
 from train.outcome import ExitCode, read_outcome
 
 SWEEP_FILE = "sweep.json"

@@ -4,9 +4,9 @@ import logging
 import sys
 
 from launch.begin import begin, settle
-from launch.compose import Job, run_jobs, worst
-from launch.config import LaunchedRun, LocalLaunch
-from launch.local import run_ranks
+from launch.settings.compose import Job, run_jobs, worst
+from launch.settings.config import LaunchedRun, LocalLaunch
+from launch.start.local import run_ranks
 from launch.sweep import report_sweep
 from train.outcome import ExitCode, Status
 

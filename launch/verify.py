@@ -9,10 +9,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.compose import Job, run_jobs, to_config, worst
-from launch.config import LaunchedRun, LocalLaunch, check_launched
-from launch.local import run_ranks
 from launch.run_folder import apply_overrides
+from launch.settings.compose import Job, run_jobs, to_config, worst
+from launch.settings.config import LaunchedRun, LocalLaunch, check_launched
+from launch.start.local import run_ranks
 from launch.verify_table import draw_differences
 from train.config import (
     CONFIG_FILE,

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from launch.compose import Job, run_jobs, to_config
-from launch.config import LaunchedRun, check_launched
+from launch.settings.compose import Job, run_jobs, to_config
+from launch.settings.config import LaunchedRun, check_launched
 from train.outcome import ExitCode
 
 

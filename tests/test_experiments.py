@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from launch.config import LaunchedRun
+from launch.settings.config import LaunchedRun
 from tests.command import compose
 from train.schedule import batch_size, learning_rate, model_at
 

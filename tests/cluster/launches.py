@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from launch.timeline import Moment, read_timeline
+from launch.survive.timeline import Moment, read_timeline
 from tests.cluster.hosts import Hosts
 
 SECONDS = 600.0  # a safety net: what is awaited takes seconds on an idle machine

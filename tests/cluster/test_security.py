@@ -60,7 +60,7 @@ def seen(hosts: Hosts, settings: list[str], folder: Path) -> Seen:
 
 def test_a_key_reaches_the_ranks_but_no_command_line_log_or_file(seen: Seen) -> None:
     assert seen.environment["WANDB_API_KEY"] == SECRET
-    assert any("launch.agent" in line for line in seen.command_lines)
+    assert any("launch.nodes.agent" in line for line in seen.command_lines)
     assert [line for line in seen.command_lines if SECRET in line] == []
     assert SECRET not in seen.output
     files = [path for path in seen.run_dir.rglob("*") if path.is_file()]

@@ -7,8 +7,8 @@ import pytest
 
 from data.config import MixtureData
 from launch.begin import settle
-from launch.compose import Job, run_jobs
-from launch.config import LaunchedRun
+from launch.settings.compose import Job, run_jobs
+from launch.settings.config import LaunchedRun
 from train.outcome import ExitCode
 
 

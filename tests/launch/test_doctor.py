@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import LaunchedRun
 from launch.doctor import judge_devices
-from launch.findings import Findings, report
-from launch.probe import list_gpus, resolve
-from launch.rates import GB, describe_rates, list_rates
+from launch.fitness.findings import Findings, report
+from launch.fitness.probe import list_gpus, resolve
+from launch.fitness.rates import GB, describe_rates, list_rates
+from launch.settings.config import LaunchedRun
 from tests.command import compose
 
 RATES = {

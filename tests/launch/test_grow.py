@@ -12,10 +12,10 @@ import pytest
 
 from data.prepare import prepare
 from launch.begin import begin
-from launch.config import LaunchedRun, LocalLaunch
 from launch.grow import main
 from launch.grow_on_resume import STAGE, grow_on_resume, replaced
 from launch.run_folder import prepare_folder
+from launch.settings.config import LaunchedRun, LocalLaunch
 from tests.ranks import run_ranks
 from tests.train.tiny import tiny_run
 from train.checkpoint.checkpoints import Checkpoints

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 
 from launch import cli
-from launch.config import PdshLaunch
-from launch.job_commands import pdsh_files
-from launch.network import rounds
-from launch.order import passed_environment
-from launch.rank import name_rank
-from launch.slurm import write_script
-from launch.starters import Attempt, Ready, build_starter, job_environment
+from launch.fitness.network import rounds
+from launch.nodes.order import passed_environment
+from launch.nodes.rank import name_rank
+from launch.settings.config import PdshLaunch
+from launch.start.job_commands import pdsh_files
+from launch.start.slurm import write_script
+from launch.start.starters import Attempt, Ready, build_starter, job_environment
 from launch.status import describe
-from launch.supervision import SupervisionConfig, backoff
-from launch.timeline import read_timeline
+from launch.survive.supervision import SupervisionConfig, backoff
+from launch.survive.timeline import read_timeline
 from tests.command import compose, start, thrifty
 from tests.launch.test_train import SECONDS, find_ranks, num_steps, wait_until
 
@@ -99,7 +99,8 @@ def test_a_dry_run_shows_commands_without_secrets_and_writes_nothing(
         cwd=tmp_path,
     )
     assert code == 0, output
-    for module, count in (("probe", 1), ("network", 1), ("hello", 1), ("agent", 2)):
+    modules = {"fitness.probe": 1, "fitness.network": 1, "nodes.hello": 1, "nodes.agent": 2}
+    for module, count in modules.items():
         assert output.count(f"-m launch.{module}") == count
     assert "spares: node3" in output
     assert "verysecret" not in output

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import LaunchedRun
 from launch.run_folder import hold_folder, newest_run, prepare_folder, take_up
+from launch.settings.config import LaunchedRun
 from tests.command import compose
 from train.config import CONFIG_FILE, RunConfig, read_config
 

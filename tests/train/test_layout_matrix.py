@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from launch.layout_page import FEATURES, working_stages
+from launch.pages.layout_page import FEATURES, working_stages
 from model.config import ModelConfig, MTPConfig
 from model.recompute import Recompute
 from tests.train.tiny import tiny_attention, tiny_model, tiny_moe, tiny_run

@@ -4,7 +4,7 @@ A rule names the settings that don't go together and says why; the nearest choic
 searched, so a message never proposes what another rule refuses.
 
 A new rule is an entry in RULES; a setting that the search may change, an entry in CHOICES; a
-feature's row and column in the documented table, an entry in FEATURES of `launch/layout_page.py`.
+feature's row and column in the documented table, one in `launch/pages/layout_page.py`'s FEATURES.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from launch.layout_page import probe_layout
+from launch.pages.layout_page import probe_layout
 from model.recompute import Recompute
 from train.layout.rules import (
     CHOICES,
