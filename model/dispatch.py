@@ -4,7 +4,6 @@ T tokens of this rank, K choices per token, D width, E experts of all ranks, L e
 rank, P ranks of the expert-parallel group, N rows that this rank's experts receive in a chunk.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.chunks import split_into_chunks
+from model.exchange import IN_FP8, PLAIN, Here, Journey, Route
 from model.recompute import rebuild
 from model.whereabouts import HERE
-from model.wire import decode, encode
 
 
 class Chunk(NamedTuple):
@@ -43,8 +42,23 @@ class Arrived(NamedTuple):
     places: Int64[Tensor, " N"] | None  # None where the order is the same
 
 
+class Sent(NamedTuple):
+    """Rows on their way to their experts."""
+
+    journey: Journey | Here
+    places: Int64[Tensor, " N"] | None
+
+    def arrive(self) -> Arrived:
+        rows = self.journey.arrive()
+        if self.places is None:
+            return Arrived(rows, None)
+        return Arrived(_Reorder.apply(rows, self.places), self.places)
+
+
 class Dispatcher:
     """Sends rows to the ranks of a group that own their experts, and results back.
+
+    Either is under way until `arrive` is called on what `send` and `send_back` return.
 
     Without a group all experts are here: nothing travels. No row is ever dropped: the ranks
     exchange as many rows as the routing says, in as many chunks as keep what any of them receives
@@ -65,8 +79,7 @@ class Dispatcher:
     def plan(self, expert_ids: Int64[Tensor, "T K"]) -> Plan:
         """Every rank learns all counts, so all agree on the chunks without a further message."""
         order, counts = sort_choices(expert_ids, num_experts=self.num_experts)
-        # One transfer to the host: sizes of messages and products must be known there.
-        of_ranks = self._gather(counts).cpu()
+        of_ranks = self._gather(counts)
         rows = split_into_chunks(of_ranks, limit=self.limit)  # [C, P, E]
         if len(rows) > 1:  # they lie by expert and then chunk, and shall lie the other way round
             mine = rows[:, self.rank].t().to(order.device)
@@ -79,16 +92,13 @@ class Dispatcher:
         fields = zip(sent, received, of_experts, runs, strict=True)
         return Plan(order, [Chunk(*of_chunk) for of_chunk in fields])
 
-    def send(self, rows: Float[Tensor, "R D"], chunk: Chunk, *, in_fp8: bool = False) -> Arrived:
-        """A chunk's rows from all ranks, sorted by this rank's experts."""
+    def send(self, rows: Float[Tensor, "R D"], chunk: Chunk, *, in_fp8: bool = False) -> Sent:
+        """A chunk's rows on their way to the ranks of their experts."""
         if self.group is None:
-            return Arrived(rows, None)
-        wire = Wire(forward=_exchange_in_fp8) if in_fp8 else Wire()
-        arrived: Tensor = _Exchange.apply(
-            rows, chunk.sent, chunk.received, self.group, ("dispatch", self.place), wire
-        )
-        places = swap_runs(chunk.runs, total=sum(chunk.received))
-        return Arrived(_Reorder.apply(arrived, places), places)
+            return Sent(Here(rows), None)
+        route = Route(chunk.sent, chunk.received, self.group, "dispatch", self.place)
+        journey = Journey(rows, route, there=IN_FP8 if in_fp8 else PLAIN)
+        return Sent(journey, swap_runs(chunk.runs, total=sum(chunk.received)))
 
     def send_back(
         self,
@@ -97,24 +107,25 @@ class Dispatcher:
         chunk: Chunk,
         *,
         in_fp8: bool = False,
-    ) -> Float[Tensor, "R D"]:
-        """The experts' outputs, at the ranks and in the order from which the rows came."""
-        if places is None:
-            return outputs
+    ) -> Journey | Here:
+        """The experts' outputs on their way to the ranks, and to the order, of their rows."""
+        if self.group is None or places is None:
+            return Here(outputs)
         by_rank = _Reorder.apply(outputs, invert(places))
-        wire = Wire(backward=_exchange_in_fp8) if in_fp8 else Wire()
-        returned: Tensor = _Exchange.apply(
-            by_rank, chunk.received, chunk.sent, self.group, ("combine", self.place), wire
-        )
-        return returned
+        route = Route(chunk.received, chunk.sent, self.group, "combine", self.place)
+        return Journey(by_rank, route, back=IN_FP8 if in_fp8 else PLAIN)
 
     def _gather(self, counts: Int64[Tensor, " E"]) -> Int64[Tensor, "P E"]:
+        """All ranks' counts, in host memory: sizes of messages and products must be known there.
+
+        The layer's one wait of the host for its device.
+        """
         if self.group is None:
-            return counts[None]
+            return counts[None].cpu()
         of_ranks = counts.new_empty(self.num_ranks, self.num_experts)
         with HERE.doing("exchange of counts", self.place):
             dist.all_gather(list(of_ranks), counts, group=self.group)
-        return of_ranks
+            return of_ranks.cpu()
 
 
 class Sorted(NamedTuple):
@@ -213,53 +224,3 @@ class _Reorder(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (order,) = ctx.saved_tensors
         return grad.index_select(0, invert(order)), None
-
-
-class _Exchange(torch.autograd.Function):
-    """All-to-all of rows with uneven splits; its backward is the exchange in reverse."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        sent: list[int],
-        received: list[int],
-        group: dist.ProcessGroup,
-        name: tuple[str, str],
-        wire: "Wire",
-    ) -> Tensor:
-        ctx.sent, ctx.received, ctx.group, ctx.name = sent, received, group, name
-        ctx.wire = wire
-        with HERE.doing(*name, sent=sent, received=received):
-            return wire.forward(rows, sent, received, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        name, place = ctx.name
-        with HERE.doing(f"{name}, backward", place, sent=ctx.received, received=ctx.sent):
-            arrived = ctx.wire.backward(grad, ctx.received, ctx.sent, ctx.group)
-        return arrived, None, None, None, None, None
-
-
-def _exchange(
-    rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
-) -> Tensor:
-    arrived = rows.new_empty(sum(received), rows.shape[1])
-    dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=group)
-    return arrived
-
-
-def _exchange_in_fp8(
-    rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
-) -> Tensor:
-    """The same, a byte for each number; the experts, which round to the same numbers, lose none."""
-    message = _exchange(encode(rows), sent, received, group)
-    return decode(message, width=rows.shape[1]).to(rows.dtype)
-
-
-class Wire(NamedTuple):
-    """How rows travel, and their gradients."""
-
-    forward: Callable[..., Tensor] = _exchange
-    backward: Callable[..., Tensor] = _exchange

@@ -12,11 +12,12 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from model.balance import count_load, group_balance_losses, sequence_balance_loss
-from model.dispatch import Chunk, Dispatcher, combine, permute
+from model.dispatch import Chunk, Dispatcher, Sent, combine, permute
+from model.exchange import Here, Journey
 from model.experts import Experts
 from model.ffn import SwiGLU
 from model.recompute import Recompute, recomputed
-from model.router import Router, RouterConfig, check_router
+from model.router import Router, RouterConfig, Routing, check_router
 from model.sequences import Sequences, WholeSequences
 
 
@@ -98,13 +99,43 @@ class MoE(nn.Module):
         routing = self.router(tokens)
         plan = self.dispatcher.plan(routing.expert_ids)
         rows = permute(tokens, plan.order, top_k=self.config.top_k)
-        outputs = self._visit_experts(rows, plan.chunks)
-        hidden = combine(outputs, routing.weights, plan.order).view_as(x)
-        if self.shared is not None:
-            hidden = hidden + self.shared(x)
+        # What stands between a departure and an arrival is computed while rows travel, and so are,
+        # in the backward pass, its gradients (model/exchange.py).
+        sent = self._send(rows, plan.chunks[0]) if len(plan.chunks) == 1 else None
+        shared = None if self.shared is None else self.shared(x)
+        if sent is None:
+            returning: Journey | Here = Here(self._visit_in_chunks(rows, plan.chunks))
+        else:
+            returning = self._visit(sent, plan.chunks[0])
+        balance = self._count_and_balance(routing, counted)
+        hidden = combine(returning.arrive(), routing.weights, plan.order).view_as(x)
+        return MoEOutput(hidden if shared is None else hidden + shared, *balance)
 
-        expert_ids = routing.expert_ids.unflatten(0, x.shape[:2])
-        scores = routing.scores.unflatten(0, x.shape[:2])
+    def _send(self, rows: Float[Tensor, "R D"], chunk: Chunk) -> Sent:
+        return self.dispatcher.send(rows, chunk, in_fp8=self.experts.is_fp8)
+
+    def _visit(self, sent: Sent, chunk: Chunk) -> Journey | Here:
+        """The results of rows that were sent, on their way back."""
+        arrived = sent.arrive()
+        outputs = self.experts(arrived.rows, chunk.counts)
+        return self.dispatcher.send_back(outputs, arrived.places, chunk, in_fp8=self.experts.is_fp8)
+
+    def _visit_in_chunks(
+        self, rows: Float[Tensor, "TK D"], chunks: list[Chunk]
+    ) -> Float[Tensor, "TK D"]:
+        """Every row's result, one chunk after another. Only the rows at their sender are kept for
+        the backward pass: each chunk travels and runs again there."""
+
+        def there_and_back(part: Float[Tensor, "R D"], chunk: Chunk) -> Float[Tensor, "R D"]:
+            return self._visit(self._send(part, chunk), chunk).arrive()
+
+        visit = recomputed(there_and_back, mode=Recompute.full)
+        parts = rows.split([sum(chunk.sent) for chunk in chunks])
+        return torch.cat([visit(part, chunk) for part, chunk in zip(parts, chunks, strict=True)])
+
+    def _count_and_balance(self, routing: Routing, counted: Bool[Tensor, "B S"]) -> "_Balance":
+        expert_ids = routing.expert_ids.unflatten(0, counted.shape)
+        scores = routing.scores.unflatten(0, counted.shape)
         load = count_load(expert_ids, counted, num_experts=self.num_experts)
         total = self.sequences.total
         balance_loss = sequence_balance_loss(scores, expert_ids, counted, total=total)
@@ -118,25 +149,15 @@ class MoE(nn.Module):
                 top_groups=self.config.router.top_groups,
                 total=total,
             )
-        return MoEOutput(hidden, load, balance_loss, group_losses)
+        return _Balance(load, balance_loss, group_losses)
 
-    def _visit_experts(
-        self, rows: Float[Tensor, "TK D"], chunks: list[Chunk]
-    ) -> Float[Tensor, "TK D"]:
-        """Every row's result. Of several chunks, only the rows at their sender are kept for the
-        backward pass: each chunk travels and runs again there."""
-        if len(chunks) == 1:
-            return self._visit(rows, chunks[0])
-        visit = recomputed(self._visit, mode=Recompute.full)
-        parts = rows.split([sum(chunk.sent) for chunk in chunks])
-        return torch.cat([visit(part, chunk) for part, chunk in zip(parts, chunks, strict=True)])
 
-    def _visit(self, rows: Float[Tensor, "R D"], chunk: Chunk) -> Float[Tensor, "R D"]:
-        """To the experts and back."""
-        in_fp8 = self.experts.is_fp8
-        arrived = self.dispatcher.send(rows, chunk, in_fp8=in_fp8)
-        outputs = self.experts(arrived.rows, chunk.counts)
-        return self.dispatcher.send_back(outputs, arrived.places, chunk, in_fp8=in_fp8)
+class _Balance(NamedTuple):
+    """As in `MoEOutput`."""
+
+    load: Int64[Tensor, " E"]
+    balance_loss: Float[Tensor, ""]
+    group_balance_losses: Float[Tensor, "2"]
 
 
 def check_moe(config: MoEConfig) -> None:

@@ -267,9 +267,9 @@ def test_experts_over_two_ranks_give_the_same_bits_and_rows_travel_in_fp8() -> N
     messages: list[tuple[torch.dtype, int]] = []
     exchange = dist.all_to_all_single
 
-    def note(arrived: Tensor, rows: Tensor, *rest: Any, **more: Any) -> None:
+    def note(arrived: Tensor, rows: Tensor, *rest: Any, **more: Any) -> Any:
         messages.append((rows.dtype, rows.shape[1]))
-        exchange(arrived, rows, *rest, **more)
+        return exchange(arrived, rows, *rest, **more)
 
     dist.all_to_all_single = note
     hidden = run_moe(spread, x)

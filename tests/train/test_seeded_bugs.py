@@ -13,13 +13,14 @@ import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
 from torch import Tensor
 
-import model.dispatch
+import model.exchange
 import model.moe
 import train.engine.engine
 import train.engine.sharded
 import train.update
 from data.batches import Batch
 from model.config import ModelConfig, MTPConfig
+from model.exchange import Flight
 from model.moe import MoE
 from model.part import Part
 from model.transformer import Sums, Transformer
@@ -153,14 +154,12 @@ def mtp_loss_summed_over_depth() -> AbstractContextManager[Any]:
 
 
 def wrong_order_of_splits() -> AbstractContextManager[Any]:
-    exchange = model.dispatch._exchange
+    land = model.exchange.Flight.land
 
-    def reverse(rows: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
-        arrived: Tensor = exchange(rows, sent, received, group)
-        return torch.cat(arrived.split(received)[::-1])
+    def reverse(flight: Flight) -> Tensor:
+        return torch.cat(land(flight).split(flight._route.received)[::-1])
 
-    wire = model.dispatch.Wire(forward=reverse, backward=reverse)
-    return replaced(model.dispatch, "Wire", lambda: wire)
+    return replaced(model.exchange.Flight, "land", reverse)
 
 
 def shared_experts_not_reduced() -> AbstractContextManager[Any]:
