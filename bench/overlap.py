@@ -78,7 +78,9 @@ def measure(rank: int, store: str) -> None:
             print(f"{name}: {statistics.median(measured) * 1e3:6.1f} ms (median of {ROUNDS})")
         ratios = [b / w for w, b in zip(times["waiting"], times["beside"], strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)
-        print(f"beside / waiting: {statistics.median(ratios):.3f} (quartiles {low:.3f}, {high:.3f})")
+        print(
+            f"beside / waiting: {statistics.median(ratios):.3f} (quartiles {low:.3f}, {high:.3f})"
+        )
     dist.destroy_process_group()
 
 

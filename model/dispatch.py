@@ -82,13 +82,13 @@ class Dispatcher:
         of_ranks = self._gather(counts)
         rows = split_into_chunks(of_ranks, limit=self.limit)  # [C, P, E]
         if len(rows) > 1:  # they lie by expert and then chunk, and shall lie the other way round
-            mine = rows[:, self.rank].t().to(order.device)
+            mine = rows[:, self.rank].t().to(order.device, non_blocking=True)
             order = order[swap_runs(mine, total=order.numel())]
         rows = rows.unflatten(2, (self.num_ranks, -1))  # [C, from, to, L]
         sent = rows[:, self.rank].sum(dim=2).tolist()
         to_here = rows[:, :, self.rank]  # [C, from, L]
         received, of_experts = to_here.sum(dim=2).tolist(), to_here.sum(dim=1).tolist()
-        runs = to_here.to(order.device)
+        runs = to_here.to(order.device, non_blocking=True)  # the host goes on
         fields = zip(sent, received, of_experts, runs, strict=True)
         return Plan(order, [Chunk(*of_chunk) for of_chunk in fields])
 

@@ -32,7 +32,7 @@ def grouped_swiglu(
     in the cache is faster (`python -m bench.grouped`).
     """
     if choose_experts(rows.device, rows.dtype).backend is Backend.torch:
-        ends = torch.tensor(counts, device=rows.device).cumsum(0, dtype=torch.int32)
+        ends = torch.tensor(counts).to(rows.device, non_blocking=True).cumsum(0, dtype=torch.int32)
         inner = rebuild(_grouped_gate_product, rows, gate, up, ends)
         return F.grouped_mm(inner, down.transpose(1, 2), offs=ends)
     outputs: Tensor = _SwiGLULoop.apply(rows, gate, up, down, counts, not is_rebuilding())

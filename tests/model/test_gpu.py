@@ -1,5 +1,6 @@
 """The model on a CUDA device equals the model on the CPU (`make gpu-check`)."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -144,6 +145,31 @@ def test_experts_rows_in_chunks_keep_to_the_bound_in_bf16() -> None:
     moe(x, counted).hidden.sum().backward()
     bound = 2 * routed_peak(config, dim=512, tokens=4096, num_local=8, is_fused=True)
     assert torch.cuda.max_memory_allocated() - before <= bound
+
+
+@pytest.mark.parametrize("limit", [None, 1024])
+def test_the_host_waits_once_for_its_device_in_a_layer(limit: int | None) -> None:
+    config = MoEConfig(
+        num_experts=8,
+        top_k=2,
+        expert_dim=256,
+        max_tokens_per_chunk=limit,
+        router=RouterConfig(),
+    )
+    moe = MoE(config, dim=512)
+    initialise(moe, seed=3, std=0.1)
+    moe.to("cuda", torch.bfloat16)
+    x = torch.randn(1, 1024, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    counted = torch.ones(1, 1024, dtype=torch.bool, device="cuda")
+    moe(x, counted).hidden.sum().backward()  # what is loaded or tuned at the first use
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            moe(x, counted).hidden.sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert ["synchroniz" in str(one.message) for one in waits] == [True]
 
 
 @pytest.mark.parametrize("counts", [[5, 0, 11, 1], [0, 0, 0, 17], [4, 4, 4, 5]])
