@@ -1,5 +1,9 @@
-"""Which implementation each operation takes on a device, and why: one table, shown at the start."""
+"""Which implementation each operation takes on a device, and why: one table, shown at the start.
 
+`kernels` in the config overrules it: `kernels=off` is plain PyTorch everywhere.
+"""
+
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from functools import cache
 from importlib.util import find_spec
@@ -8,6 +12,8 @@ from typing import NamedTuple
 import torch
 
 FP8_CAPABILITY = (8, 9)  # Ada and Hopper: the first with products of E4M3
+KERNEL_CAPABILITY = (8, 0)  # Ampere: the first with products of BF16
+UNMEASURED = "not measured yet: python -m bench.kernels"
 UNUSED = {  # libraries that do such work elsewhere, and for which nothing is written here yet
     "deep_gemm": "FP8 products",
     "flash_attn": "attention",
@@ -21,27 +27,102 @@ class Backend(StrEnum):
     triton = "triton"
 
 
+class Wanted(StrEnum):
+    """What the config says of an operation: the best that is there, or a certain one."""
+
+    auto = "auto"
+    reference = "reference"
+    torch = "torch"
+    triton = "triton"
+
+
+@dataclass(slots=True, kw_only=True)
+class KernelsConfig:
+    #: Quantisation and products of FP8: auto, reference or triton.
+    fp8: Wanted = Wanted.auto
+    #: The experts' products without FP8: auto, reference, torch or triton.
+    experts: Wanted = Wanted.auto
+    #: RMSNorm: auto, reference (torch's, fused on GPUs) or triton.
+    norm: Wanted = Wanted.auto
+    #: RoPE on MLA's split heads: auto, reference or triton.
+    rope: Wanted = Wanted.auto
+    #: The router's choice of experts: auto, reference or triton.
+    router: Wanted = Wanted.auto
+    #: Copies of tokens for their experts, and the weighted sum of results: auto, reference or
+    #: triton.
+    rows: Wanted = Wanted.auto
+
+
 class Choice(NamedTuple):
     operation: str
     backend: Backend
     why: str
 
 
+_wanted = KernelsConfig()
+
+
+def set_kernels(config: KernelsConfig) -> None:
+    """Let the config overrule what operations take from now on, in the whole process.
+
+    Autograd's own threads ask too, so that it can't be a context's.
+    """
+    global _wanted
+    _wanted = config
+    for choose in (
+        choose_fp8,
+        choose_experts,
+        choose_norm,
+        choose_rope,
+        choose_router,
+        choose_rows,
+    ):
+        choose.cache_clear()
+
+
+def check_kernels(config: KernelsConfig) -> None:
+    """Refuse, with a ValueError, an implementation that exists on no device."""
+    for field in fields(config):
+        wanted = getattr(config, field.name)
+        if wanted is Wanted.torch and field.name != "experts":
+            raise ValueError(
+                f"kernels.{field.name}=torch does not exist; choose auto, reference or triton"
+            )
+
+
 def choose_all(
-    device: torch.device, dtype: torch.dtype, *, is_fp8: bool, has_experts: bool
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    is_fp8: bool,
+    has_experts: bool,
+    has_split_heads: bool = True,
+    widths: tuple[int, ...] = (),
 ) -> list[Choice]:
-    """Every operation that has more than one implementation, or might have."""
+    """Every operation that has more than one implementation, or might have.
+
+    `has_split_heads`: only a part of each is turned by RoPE, as MLA's. `widths`: `choose_experts`.
+
+    Raises:
+        ValueError: The config names an implementation that this device can't have.
+    """
     choices = [choose_fp8(device)] if is_fp8 else []
     if has_experts and not is_fp8:
-        choices.append(choose_experts(device, dtype))
+        choices.append(choose_experts(device, dtype, widths=widths))
     is_short = device.type == "cuda" and dtype.itemsize == 2
     inside = "varlen_attn" if is_short else "once for each of their lengths"
     choices += [
         Choice("attention", Backend.torch, f"scaled_dot_product_attention; in documents {inside}"),
+        *([choose_rope(device)] if has_split_heads else []),
+        choose_norm(device),
         Choice("loss", Backend.reference, "in slices; linear_cross_entropy: python -m bench.loss"),
     ]
     if has_experts:
-        choices.append(Choice("dispatch", Backend.torch, "all_to_all_single, uneven splits"))
+        choices += [
+            choose_router(device),
+            choose_rows(device),
+            Choice("dispatch", Backend.torch, "all_to_all_single, uneven splits"),
+        ]
     return choices
 
 
@@ -49,27 +130,76 @@ def choose_all(
 def choose_fp8(device: torch.device) -> Choice:
     """Quantisation and products of FP8."""
     operation = "FP8"
-    if device.type != "cuda":
-        return Choice(operation, Backend.reference, f"no kernels for {device.type}")
-    if torch.version.hip is not None:
-        return Choice(operation, Backend.reference, "kernels are for CUDA: AMD's E4M3 is another")
-    capability = torch.cuda.get_device_capability(device)
-    found = f"sm{capability[0]}{capability[1]}"
-    if capability < FP8_CAPABILITY:
-        return Choice(operation, Backend.reference, f"{found} has no FP8 products, sm89 has")
-    if find_spec("triton") is None:
-        return Choice(operation, Backend.reference, "triton is not installed")
-    return Choice(operation, Backend.triton, f"{found}: model/kernels")
+    missing = _missing(device)
+    if missing is None and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        missing = f"{_name(device)} has no FP8 products, sm89 has"
+    if missing is not None:
+        return _pick(Choice(operation, Backend.reference, missing))
+    return _pick(
+        Choice(operation, Backend.triton, f"{_name(device)}: model/kernels"),
+        Choice(operation, Backend.reference, "plain PyTorch"),
+    )
 
 
-def choose_experts(device: torch.device, dtype: torch.dtype) -> Choice:
-    """The experts' products without FP8."""
+@cache
+def choose_experts(
+    device: torch.device, dtype: torch.dtype, *, widths: tuple[int, ...] = ()
+) -> Choice:
+    """The experts' products without FP8; `widths` are the model's and the experts' inner one.
+
+    torch's `grouped_mm` is one kernel on Hopper and on data-centre Blackwell only; elsewhere it
+    loops over experts and waits for their counts (pytorch 2.11, aten/src/ATen/native/cuda/
+    GroupedBlas.cpp: `_grouped_mm_cuda`). It wants strides of 16 bytes everywhere.
+    """
     operation = "experts"
+    plain = "a loop keeps an expert's rows in the cache"
     if device.type != "cuda":
-        return Choice(operation, Backend.reference, "a loop keeps an expert's rows in the cache")
+        return _pick(Choice(operation, Backend.reference, plain))
     if dtype != torch.bfloat16:
-        return Choice(operation, Backend.reference, f"grouped_mm takes BF16 only, not {dtype}")
-    return Choice(operation, Backend.torch, "grouped_mm: one kernel for all experts")
+        why = f"grouped products are of BF16 only, not {dtype}"
+        return _pick(Choice(operation, Backend.reference, why))
+    ranked = []
+    is_aligned = all(width % 8 == 0 for width in widths)
+    is_one_kernel = torch.version.hip is None and _capability(device)[0] in (9, 10)
+    if is_aligned:
+        about = "one kernel for all experts" if is_one_kernel else "a loop over experts here"
+        ranked.append(Choice(operation, Backend.torch, f"{_name(device)}: grouped_mm, {about}"))
+    if _missing(device) is None:
+        reason = f"grouped_mm is a loop here; {UNMEASURED}"
+        if not is_aligned:
+            reason = f"grouped_mm wants multiples of 8, not {widths}"
+        kernel = Choice(operation, Backend.triton, f"{_name(device)}: {reason}")
+        ranked.insert(len(ranked) if is_one_kernel else 0, kernel)
+    return _pick(*ranked, Choice(operation, Backend.reference, "a loop over experts"))
+
+
+@cache
+def choose_norm(device: torch.device) -> Choice:
+    """RMSNorm. torch's is fused both ways on CUDA, so ours must be asked for."""
+    if device.type != "cuda":
+        why = f"few passes over memory; no kernels for {device.type}"
+        return _pick(Choice("norm", Backend.reference, why))
+    kernels = [Choice("norm", Backend.triton, "")] if _missing(device) is None else []
+    torchs = Choice("norm", Backend.reference, "torch's rms_norm is fused; python -m bench.kernels")
+    return _pick(torchs, *kernels)
+
+
+@cache
+def choose_rope(device: torch.device) -> Choice:
+    """RoPE on MLA's split heads."""
+    return _kernel_if_any("rope", device)
+
+
+@cache
+def choose_router(device: torch.device) -> Choice:
+    """The choice of experts and their weights."""
+    return _kernel_if_any("router", device)
+
+
+@cache
+def choose_rows(device: torch.device) -> Choice:
+    """Copies of tokens for their experts, and the weighted sum of results."""
+    return _kernel_if_any("rows", device)
 
 
 def describe(choices: list[Choice]) -> str:
@@ -81,3 +211,51 @@ def describe(choices: list[Choice]) -> str:
         if find_spec(library) is not None
     ]
     return "\n".join(lines)
+
+
+def _kernel_if_any(operation: str, device: torch.device) -> Choice:
+    missing = _missing(device)
+    if missing is not None:
+        return _pick(Choice(operation, Backend.reference, missing))
+    return _pick(
+        Choice(operation, Backend.triton, f"{_name(device)}: one pass; {UNMEASURED}"),
+        Choice(operation, Backend.reference, "plain PyTorch"),
+    )
+
+
+def _pick(*ranked: Choice) -> Choice:
+    """The one that the config names; the first, if it leaves that open."""
+    best = ranked[0]
+    key = best.operation.lower()
+    wanted = getattr(_wanted, key)
+    if wanted is Wanted.auto:
+        return best
+    for choice in ranked:
+        if choice.backend == wanted:
+            return choice._replace(why=f"kernels.{key}={wanted}")
+    raise ValueError(
+        f"kernels.{key}={wanted} can't be had here ({best.why}); choose auto or "
+        + " or ".join(choice.backend for choice in ranked)
+    )
+
+
+def _missing(device: torch.device) -> str | None:
+    """Why Triton kernels can't run there; None if they can."""
+    if device.type != "cuda":
+        return f"no kernels for {device.type}"
+    if torch.version.hip is not None:
+        return "kernels are for CUDA: AMD's E4M3 is another, and nothing was tested there"
+    if _capability(device) < KERNEL_CAPABILITY:
+        return f"{_name(device)}: kernels are for sm80 and newer"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _name(device: torch.device) -> str:
+    major, minor = _capability(device)
+    return f"sm{major}{minor}"

@@ -4,6 +4,7 @@ T tokens of this rank, K choices per token, D width, E experts of all ranks, L e
 rank, P ranks of the expert-parallel group, N rows that this rank's experts receive in a chunk.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.backends import Backend, choose_rows
 from model.chunks import split_into_chunks
 from model.exchange import IN_FP8, PLAIN, Here, Journey, Route
 from model.recompute import rebuild
@@ -144,16 +146,24 @@ def permute(
     tokens: Float[Tensor, "T D"], order: Int64[Tensor, " TK"], *, top_k: int
 ) -> Float[Tensor, "TK D"]:
     """One row per choice, in that order."""
-    rows: Tensor = rebuild(_Gather.apply, tokens, order, top_k)
-    return rows
+    gather: Callable[..., Tensor] = _Gather.apply
+    if choose_rows(tokens.device).backend is Backend.triton:
+        from model.kernels import rows
+
+        gather = rows.permute
+    return rebuild(gather, tokens, order, top_k)
 
 
 def combine(
     outputs: Float[Tensor, "TK D"], weights: Float[Tensor, "T K"], order: Int64[Tensor, " TK"]
 ) -> Float[Tensor, "T D"]:
     """Each token's weighted sum of its K results."""
-    mixed: Tensor = _WeightedSum.apply(outputs, weights.to(outputs.dtype), order)
-    return mixed
+    add_up: Callable[..., Tensor] = _WeightedSum.apply
+    if choose_rows(outputs.device).backend is Backend.triton:
+        from model.kernels import rows
+
+        add_up = rows.combine
+    return add_up(outputs, weights.to(outputs.dtype), order)
 
 
 def swap_runs(counts: Int64[Tensor, "A B"], *, total: int) -> Int64[Tensor, " N"]:

@@ -62,7 +62,6 @@ REFERENCE = Operations(
 )
 
 
-@cache
 def operations_on(device: torch.device) -> Operations:
     """The operations for tensors on that device."""
     if choose_fp8(device).backend is Backend.reference:
@@ -70,6 +69,7 @@ def operations_on(device: torch.device) -> Operations:
     return triton_operations()
 
 
+@cache
 def triton_operations() -> Operations:
     """The kernels'; imported only here, since triton need not be installed."""
     from model.kernels.grouped import grouped_multiply, grouped_multiply_transposed

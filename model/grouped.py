@@ -3,6 +3,8 @@
 N rows sorted by expert, E experts, D model width, F an expert's inner width.
 """
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from torch.autograd.function import once_differentiable
 from model.backends import Backend, choose_experts
 from model.ffn import gate_product
 from model.recompute import is_rebuilding, rebuild
+
+Product = Callable[[Tensor, Tensor, list[int]], Tensor]  # rows, weights [E, N, K], counts
 
 
 def grouped_swiglu(
@@ -27,22 +31,40 @@ def grouped_swiglu(
     """`down (silu(gate x) * up x)` for each row x, with the matrices of its expert.
 
     Expert e owns the next `counts[e]` rows. An expert without rows still takes part: its weights
-    get gradients of zeros, never none, which ZeRO relies on. On GPUs torch's `grouped_mm` does
-    each product in one kernel (BF16 only); on the CPU, in fp32, a loop that keeps an expert's rows
-    in the cache is faster (`python -m bench.grouped`).
+    get gradients of zeros, never none, which ZeRO relies on. On GPUs one kernel does each product,
+    torch's or ours (`model/backends.py`; BF16 only); on the CPU, in fp32, a loop that keeps an
+    expert's rows in the cache is faster (`python -m bench.grouped`).
     """
-    if choose_experts(rows.device, rows.dtype).backend is Backend.torch:
-        ends = torch.tensor(counts).to(rows.device, non_blocking=True).cumsum(0, dtype=torch.int32)
-        inner = rebuild(_grouped_gate_product, rows, gate, up, ends)
-        return F.grouped_mm(inner, down.transpose(1, 2), offs=ends)
-    outputs: Tensor = _SwiGLULoop.apply(rows, gate, up, down, counts, not is_rebuilding())
-    return outputs
+    widths = (gate.shape[2], gate.shape[1])
+    backend = choose_experts(rows.device, rows.dtype, widths=widths).backend
+    if backend is Backend.reference:
+        outputs: Tensor = _SwiGLULoop.apply(rows, gate, up, down, counts, not is_rebuilding())
+        return outputs
+    multiply = _by_kernel if backend is Backend.triton else _by_grouped_mm
+    inner = rebuild(_grouped_gate_product, multiply, rows, gate, up, counts)
+    return multiply(inner, down, counts)
 
 
-def _grouped_gate_product(rows: Tensor, gate: Tensor, up: Tensor, ends: Tensor) -> Tensor:
-    gated = F.grouped_mm(rows, gate.transpose(1, 2), offs=ends)
-    upped = F.grouped_mm(rows, up.transpose(1, 2), offs=ends)
-    return gate_product(gated, upped)
+def _grouped_gate_product(
+    multiply: Product, rows: Tensor, gate: Tensor, up: Tensor, counts: list[int]
+) -> Tensor:
+    return gate_product(multiply(rows, gate, counts), multiply(rows, up, counts))
+
+
+def _by_kernel(rows: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
+    from model.kernels.grouped_bf16 import grouped_product  # triton need not be installed
+
+    return grouped_product(rows, weights, counts)
+
+
+def _by_grouped_mm(rows: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
+    ends = _ends(tuple(counts), rows.device)
+    return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
+
+
+@lru_cache(maxsize=4)  # a layer's products, one after another, ask for the same
+def _ends(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(counts).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
 
 
 class _SwiGLULoop(torch.autograd.Function):

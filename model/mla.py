@@ -16,7 +16,7 @@ from model.fp8_linear import Kept
 from model.linear import Linear
 from model.norm import RMSNorm
 from model.recompute import rebuild
-from model.rope import Rotation, rotate_pairs
+from model.rope import Rotation, join_turned, rotate_pairs, turn_tail
 from model.sequences import Sequences
 
 
@@ -102,9 +102,11 @@ class MLA(nn.Module):
         no key or value of a past token is ever rebuilt. `hidden_keys` marks padding in the cache.
         """
         q_down, kv_down = self._project_down(x)
-        q_nope, q_rope = self._queries(q_down, rotation)
-        latent, k_rope = self._latents(kv_down, rotation)
-        latents, k_ropes = cache.extend(latent, k_rope[:, :, 0])  # [B, T, C], [B, T, R]
+        query = turn_tail(self._queries(q_down), rotation)
+        q_nope, q_rope = query.split((self.nope_head_dim, self.rope_head_dim), dim=-1)
+        latent, k_rope = self._latents(kv_down)
+        k_rope = rotate_pairs(k_rope, rotation)[:, :, 0]
+        latents, k_ropes = cache.extend(latent, k_rope)  # [B, T, C], [B, T, R]
         up = self.kv_up.weight.unflatten(0, (self.num_heads, -1))
         key_up, value_up = up.split((self.nope_head_dim, self.v_head_dim), dim=1)
 
@@ -125,25 +127,22 @@ class MLA(nn.Module):
         self, q_down: Tensor, kv_down: Tensor, rotation: Rotation
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Query and key [B, S, H, N + R] and value [B, S, H, V]."""
-        q_nope, q_rope = self._queries(q_down, rotation)
-        latent, k_rope = self._latents(kv_down, rotation)
+        query = turn_tail(self._queries(q_down), rotation)
+        latent, k_rope = self._latents(kv_down)
         up = self.kv_up(latent).unflatten(-1, (self.num_heads, -1))
         k_nope, value = up.split((self.nope_head_dim, self.v_head_dim), dim=-1)
-        k_rope = k_rope.expand(-1, -1, self.num_heads, -1)
-        query = torch.cat((q_nope, q_rope), dim=-1)
-        return query, torch.cat((k_nope, k_rope), dim=-1), value
+        return query, join_turned(k_nope, k_rope, rotation), value
 
-    def _queries(self, q_down: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        """Queries without [B, S, H, N] and with position [B, S, H, R]."""
+    def _queries(self, q_down: Tensor) -> Tensor:
+        """Queries [B, S, H, N + R], their last R not yet turned."""
         hidden = q_down if self.q_down is None else self.q_norm(q_down)
-        query = self.q_up(hidden).unflatten(-1, (self.num_heads, -1))
-        q_nope, q_rope = query.split((self.nope_head_dim, self.rope_head_dim), dim=-1)
-        return q_nope, rotate_pairs(q_rope, rotation)
+        return self.q_up(hidden).unflatten(-1, (self.num_heads, -1))
 
-    def _latents(self, kv_down: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        """The normalised latent [B, S, C] and the key part shared by all heads [B, S, 1, R]."""
+    def _latents(self, kv_down: Tensor) -> tuple[Tensor, Tensor]:
+        """The normalised latent [B, S, C], and what all heads' keys share [B, S, 1, R], not yet
+        turned."""
         latent, k_rope = kv_down.split((self.kv_lora_rank, self.rope_head_dim), dim=-1)
-        return self.kv_norm(latent), rotate_pairs(k_rope.unsqueeze(2), rotation)
+        return self.kv_norm(latent), k_rope.unsqueeze(2)
 
 
 def check_mla(config: MLAConfig) -> None:

@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from model.backends import Backend, choose_norm
+
 
 class RMSNorm(nn.Module):
     """Each vector divided by its root mean square, times a learned gain."""
@@ -22,6 +24,10 @@ class RMSNorm(nn.Module):
             # torch has a fused kernel on GPUs only; here its gradient takes twice as long.
             normed: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
             return normed
+        if choose_norm(x.device).backend is Backend.triton:
+            from model.kernels.norm import rms_norm
+
+            return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 

@@ -1,6 +1,7 @@
 """Rotary position embedding (arXiv:2104.09864), with the ways to stretch its context.
 
-B batch, S sequence, H heads, R rotated dimensions of a head (even), P = R/2 pairs.
+B batch, S sequence, H heads, R rotated dimensions of a head (even), P = R/2 pairs, N dimensions
+that are not, K = N + R.
 """
 
 import math
@@ -11,6 +12,8 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+
+from model.backends import Backend, choose_rope
 
 
 class RopeScaling(StrEnum):
@@ -101,6 +104,28 @@ def rotate_halves(x: Float[Tensor, "B S H R"], by: Rotation) -> Float[Tensor, "B
     cos, sin = by.cos[:, :, None], by.sin[:, :, None]
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(x.dtype)
+
+
+def turn_tail(x: Float[Tensor, "B S H K"], by: Rotation) -> Float[Tensor, "B S H K"]:
+    """`x` whose heads' last R are turned as by `rotate_pairs`; what stands before stays."""
+    if choose_rope(x.device).backend is Backend.triton:
+        from model.kernels import rope
+
+        return rope.turn_tail(x, by.cos, by.sin)
+    plain, tail = x.split((x.shape[-1] - 2 * by.cos.shape[-1], 2 * by.cos.shape[-1]), dim=-1)
+    return torch.cat((plain, rotate_pairs(tail, by)), dim=-1)
+
+
+def join_turned(
+    plain: Float[Tensor, "B S H N"], shared: Float[Tensor, "B S 1 R"], by: Rotation
+) -> Float[Tensor, "B S H K"]:
+    """Each head of `plain`, and behind it `shared`, turned as by `rotate_pairs`: K = N + R."""
+    if choose_rope(plain.device).backend is Backend.triton:
+        from model.kernels import rope
+
+        return rope.join_turned(plain, shared, by.cos, by.sin)
+    turned = rotate_pairs(shared, by).expand(-1, -1, plain.shape[2], -1)
+    return torch.cat((plain, turned), dim=-1)
 
 
 def softmax_temperature(config: RopeConfig) -> float:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from model.backends import Backend, choose_router
 from model.recompute import rebuild
 
 
@@ -91,6 +92,8 @@ def route(
 
     The bias steers the choice, never the weight (arXiv:2412.19437, 2.1.2).
     """
+    if choose_router(scores.device).backend is Backend.triton:
+        return Routing(*_route_in_one_pass(scores, bias, config, top_k), scores)
     choice = scores.detach()
     if config.bias:
         choice = choice + bias
@@ -101,6 +104,22 @@ def route(
     if config.renormalise:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)  # all scores may be 0
     return Routing(expert_ids, weights * config.scale, scores)
+
+
+def _route_in_one_pass(
+    scores: Tensor, bias: Tensor, config: RouterConfig, top_k: int
+) -> tuple[Tensor, Tensor]:
+    from model.kernels.router import Rule, choose
+
+    rule = Rule(
+        top_k=top_k,
+        num_groups=config.num_groups,
+        top_groups=config.top_groups,
+        is_group_max=config.group_score is GroupScore.max,
+        is_renormalised=config.renormalise,
+        scale=config.scale,
+    )
+    return choose(scores, bias if config.bias else None, rule)
 
 
 def _keep_top_groups(choice: Tensor, config: RouterConfig) -> Tensor:

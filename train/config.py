@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.atomic_file import write_aside
 from data.config import DATA_KINDS, DataConfig, check_data
+from model.backends import KernelsConfig, check_kernels
 from model.config import MODEL_KINDS, ModelConfig, check_model
 from train.checkpoint.checkpoints import CheckpointConfig, check_checkpoint
 from train.ema import EMAConfig, check_ema
@@ -50,6 +51,8 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    #: Which implementation operations take; the table at a run's start says what that came to.
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     parallel: ParallelConfig
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
@@ -65,6 +68,7 @@ def check_run(config: RunConfig, *, num_ranks: int) -> None:
     check_optimizer(config.optimizer)
     check_schedule(config.schedule)
     check_precision(config.precision)
+    check_kernels(config.kernels)
     check_checkpoint(config.checkpoint)
     check_ema(config.ema)
     check_evaluation(config.evaluation)

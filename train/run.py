@@ -17,6 +17,7 @@ from data.samples import open_samples
 from data.training_data import TrainingData
 from model.backends import choose_all, describe
 from model.cost import count_parameters
+from model.mla import MLAConfig
 from model.whereabouts import HERE
 from train.checkpoint.checkpoints import Checkpoints, OnError, SaveError
 from train.checkpoint.manifest import Fragment, Measured
@@ -191,12 +192,14 @@ class Run:
 
     def _show_backends(self) -> None:
         """Which implementation each operation takes, printed by the first rank."""
-        precision = self.config.precision
+        precision, model = self.config.precision, self.config.model
         choices = choose_all(
             self.ranks.device,
             precision.dtype.torch,
             is_fp8=precision.fp8,
-            has_experts=self.config.model.moe is not None,
+            has_experts=model.moe is not None,
+            has_split_heads=isinstance(model.attention, MLAConfig),
+            widths=() if model.moe is None else (model.dim, model.moe.expert_dim),
         )
         if self.ranks.is_first:
             log.info("operations:\n%s", describe(choices))

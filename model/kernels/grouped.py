@@ -26,12 +26,14 @@ class Runs(NamedTuple):
 
 
 @lru_cache(maxsize=4)  # a layer's products, one after another, ask for the same
-def lay_runs(counts: tuple[int, ...], device: torch.device) -> Runs:
+def lay_runs(
+    counts: tuple[int, ...], device: torch.device, *, block_rows: int = BLOCK_ROWS
+) -> Runs:
     """The blocks of rows for experts with so many rows each; one small copy to the device."""
     blocks, start = [], 0
     for expert, count in enumerate(counts):
         end = start + count
-        blocks += [(expert, first, end) for first in range(start, end, BLOCK_ROWS)]
+        blocks += [(expert, first, end) for first in range(start, end, block_rows)]
         start = end
     table = torch.tensor(blocks, dtype=torch.int32).reshape(-1, 3)
     return Runs(table.to(device, non_blocking=True), len(blocks))

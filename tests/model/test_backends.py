@@ -1,16 +1,49 @@
 """Which implementation is taken where, and that the table says what is done."""
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from unittest import mock
 
 import pytest
 import torch
 
 from model import backends
-from model.backends import Backend, choose_all, choose_experts, choose_fp8, describe
+from model.backends import (
+    Backend,
+    KernelsConfig,
+    Wanted,
+    check_kernels,
+    choose_all,
+    choose_experts,
+    choose_fp8,
+    choose_norm,
+    choose_rope,
+    describe,
+    set_kernels,
+)
 from model.fp8_operations import REFERENCE, operations_on
+from tests.command import compose
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _forget_what_was_chosen() -> Iterator[None]:
+    yield
+    set_kernels(KernelsConfig())
+
+
+@contextmanager
+def gpu(capability: tuple[int, int], *, has_triton: bool = True) -> Iterator[None]:
+    """As if such a GPU were here."""
+    set_kernels(backends._wanted)  # forget what was chosen for another
+    with (
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
+        mock.patch.object(backends, "find_spec", return_value=has_triton or None),
+    ):
+        yield
 
 
 def test_on_the_cpu_everything_of_ours_is_the_reference() -> None:
@@ -31,20 +64,17 @@ def test_on_the_cpu_everything_of_ours_is_the_reference() -> None:
 def test_kernels_are_taken_where_the_gpu_and_triton_allow(
     capability: tuple[int, int], has_triton: bool, backend: Backend, why: str
 ) -> None:
-    choose_fp8.cache_clear()
-    with (
-        mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
-        mock.patch.object(backends, "find_spec", return_value=has_triton or None),
-    ):
+    with gpu(capability, has_triton=has_triton):
         choice = choose_fp8(CUDA)
-    choose_fp8.cache_clear()
     assert choice.backend is backend
     assert why in choice.why
 
 
 def test_the_table_has_a_line_for_each_and_names_libraries_that_are_not_used() -> None:
     choices = choose_all(CPU, torch.bfloat16, is_fp8=True, has_experts=True)
-    assert [one.operation for one in choices] == ["FP8", "attention", "loss", "dispatch"]
+    operations = [one.operation for one in choices]
+    ours = ["rope", "norm", "loss", "router", "rows"]
+    assert operations == ["FP8", "attention", *ours, "dispatch"]
     without = choose_all(CPU, torch.bfloat16, is_fp8=False, has_experts=True)
     assert without[0].operation == "experts"
     found = importlib.util.find_spec("math")
@@ -54,3 +84,51 @@ def test_the_table_has_a_line_for_each_and_names_libraries_that_are_not_used() -
         lines = describe(choices).splitlines()
     assert len(lines) == len(choices) + 1
     assert "deep_ep is installed, but not used" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("capability", "widths", "has_triton", "backend", "why"),
+    [
+        ((9, 0), (2048, 1408), True, Backend.torch, "one kernel"),
+        ((9, 0), (2048, 1402), True, Backend.triton, "multiples of 8"),
+        ((8, 0), (2048, 1408), True, Backend.triton, "a loop here"),
+        ((8, 0), (2048, 1408), False, Backend.torch, "a loop over experts here"),
+        ((12, 0), (2048, 1408), True, Backend.triton, "a loop here"),
+        ((7, 5), (2048, 1402), True, Backend.reference, "a loop"),
+    ],
+)
+def test_experts_take_torchs_kernel_where_it_is_one_and_ours_elsewhere(
+    capability: tuple[int, int],
+    widths: tuple[int, int],
+    has_triton: bool,
+    backend: Backend,
+    why: str,
+) -> None:
+    with gpu(capability, has_triton=has_triton):
+        choice = choose_experts(CUDA, torch.bfloat16, widths=widths)
+        assert choose_experts(CUDA, torch.float32).backend is Backend.reference
+    assert choice.backend is backend
+    assert why in choice.why
+
+
+def test_a_user_can_do_without_any_one_kernel_or_ask_for_one() -> None:
+    with gpu((8, 0)):
+        assert choose_rope(CUDA).backend is Backend.triton
+        assert choose_norm(CUDA).backend is Backend.reference
+        set_kernels(KernelsConfig(rope=Wanted.reference, norm=Wanted.triton))
+        assert choose_rope(CUDA).backend is Backend.reference
+        assert choose_rope(CUDA).why == "kernels.rope=reference"
+        assert choose_norm(CUDA).backend is Backend.triton
+
+
+def test_a_kernel_that_is_asked_for_in_vain_is_refused_with_the_reason() -> None:
+    set_kernels(KernelsConfig(router=Wanted.triton))
+    with pytest.raises(ValueError, match="kernels.router=triton can't be had here .no kernels for"):
+        choose_all(CPU, torch.float32, is_fp8=False, has_experts=True)
+    with pytest.raises(ValueError, match="kernels.rope=torch does not exist; choose auto"):
+        check_kernels(KernelsConfig(rope=Wanted.torch))
+
+
+def test_kernels_off_is_plain_pytorch_for_every_operation() -> None:
+    kernels = compose("experiment=smoke", "kernels=off").kernels
+    assert {getattr(kernels, field.name) for field in fields(kernels)} == {Wanted.reference}

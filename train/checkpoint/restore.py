@@ -7,6 +7,7 @@ from torch import nn
 
 from data.prepare import tokenizer_path
 from data.tokenizer import Tokenizer, load_tokenizer
+from model.backends import set_kernels
 from model.transformer import Transformer
 from train.checkpoint.checkpoints import Checkpoints, load
 from train.checkpoint.manifest import Fragment
@@ -41,6 +42,7 @@ def restore(
             f"the tokenizer in {tokenizer_path(config.data)} is not the one that the checkpoint "
             f"of step {manifest.step} was trained with; prepare the run's corpus again"
         )
+    set_kernels(config.kernels)
     model = Transformer(config.model)
     wanted = [one._replace(name=stored_name(one.name, weights)) for one in weight_fragments(model)]
     load(checkpoints.path(manifest.step), manifest, wanted)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from data.batches import Batch
 from model.attention import attend
+from model.backends import set_kernels
 from model.ffn import SwiGLU
 from model.init import first_experts, initial_value, initialise
 from model.moe import MoE
@@ -98,6 +99,7 @@ class Engine:
         self.ranks = ranks
         self._config = config
         parallel = config.parallel
+        set_kernels(config.kernels)
         expert_group = None
         if parallel.expert > 1:
             expert_group = groups._get_expert_parallel_group(_group_name(parallel))
