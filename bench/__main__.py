@@ -5,7 +5,15 @@ import sys
 from pathlib import Path
 
 # What runs, times or draws measurements is none itself.
-RUNNERS = {"__main__", "gpu_check", "grow_plot", "precision_plot", "sweep_plot", "timing"}
+RUNNERS = {
+    "__main__",
+    "gpu_check",
+    "grow_plot",
+    "precision_plot",
+    "profile_plot",
+    "sweep_plot",
+    "timing",
+}
 
 
 def main() -> int:

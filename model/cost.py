@@ -78,12 +78,13 @@ def parameters_by_component(config: ModelConfig) -> dict[str, Share]:
     return shares
 
 
-def flops_by_component(config: ModelConfig, *, seq_len: int) -> dict[str, float]:
+def flops_by_component(config: ModelConfig, *, seq_len: int | float) -> dict[str, float]:
     """FLOPs of training on one token: matrix products of forward and backward (3 x forward).
 
     A product with P weights costs 2 P forward. Attention costs 2 (key width + value width) per
     head and token seen, (seq_len + 1) / 2 of them on average under the causal mask. MTP's block,
     projection and further use of the head count; recomputation does not (model FLOPs, as in MFU).
+    Where documents of several lengths do not see each other, `seq_len` is their tokens' mean.
     """
     head = FLOPS_PER_WEIGHT * config.vocab_size * config.dim
     per_layer = FLOPS_PER_WEIGHT * config.attention.product_dims * (seq_len + 1) / 2

@@ -23,6 +23,7 @@ from train.layout.parallel import Offload, ParallelConfig, check_parallel
 from train.layout.rules import Layout, check_layout
 from train.optimizer.config import OPTIMIZER_KINDS, OptimizerConfig, check_optimizer
 from train.precision import PrecisionConfig, check_precision
+from train.profile.steps import check_steps
 from train.schedule import SCHEDULE_KINDS, ScheduleConfig, check_schedule
 from train.watch.watchdog import WatchdogConfig, check_watchdog
 
@@ -46,6 +47,12 @@ class RunConfig:
     init_from: str | None = None
     #: Decides initial weights and the order of the data.
     seed: int = 0
+    #: Whether to measure where the time of some of this start's first steps goes, part by part:
+    #: a table, and `profile.json` in the run's folder (docs/performance.md). Nothing that is
+    #: computed changes.
+    profile: bool = False
+    #: How many steps `profile` takes apart; 3 warm up before, and as many run between untouched.
+    profile_steps: int = 5
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -74,6 +81,8 @@ def check_run(config: RunConfig, *, num_ranks: int) -> None:
     check_evaluation(config.evaluation)
     check_logging(config.logging)
     check_watchdog(config.watchdog)
+    if config.profile:
+        check_steps(config.profile_steps, step=0, last=config.schedule.steps)
     check_parallel(config.parallel)
     check_layout(layout_of(config, num_ranks=num_ranks))
     if not config.run_dir:

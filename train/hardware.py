@@ -24,22 +24,42 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         for known, peaks in KNOWN_PEAKS.items():
             if known in name:
                 return peaks[dtype]
-    size = 8192 if device.type == "cuda" else 1024
-    return measure_matrix_rate(device, dtype, size=size)
+    return measure_matrix_rate(device, dtype)
 
 
-def measure_matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int) -> float:
-    """Best FLOP/s of a few square products."""
+def measure_matrix_rate(
+    device: torch.device, dtype: torch.dtype, *, size: int | None = None
+) -> float:
+    """Best FLOP/s of a few square products, of a size that suits the device if none is given."""
+    size = size or (8192 if device.type == "cuda" else 1024)
     a = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(6):
         start = time.perf_counter()
         product = a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         best = min(best, time.perf_counter() - start)
         del product
     return 2 * size**3 / best
+
+
+def measure_bandwidth(device: torch.device, *, megabytes: int = 128) -> float:
+    """Best bytes/s, read and written, of a few copies too large for a cache."""
+    source = torch.ones(megabytes * 2**20, device=device, dtype=torch.int8)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        target.copy_(source)
+        wait_for(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.nbytes / best
+
+
+def wait_for(device: torch.device) -> None:
+    """Return once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -35,6 +35,7 @@ def train(config: RunConfig, ranks: Ranks) -> Outcome:
 
         while progress.step < schedule.steps:
             run.check_save(journal)
+            run.profiler.start_step()
             size = batch_size(schedule, progress.step)
             with HERE.doing("data wait", is_collective=False):
                 micro_batches, position, failure = read(batches, progress.data, size)
@@ -52,6 +53,7 @@ def train(config: RunConfig, ranks: Ranks) -> Outcome:
             run.meters.count(size)
             if report.is_applied:
                 run.ema.update(run.engine.fragments(), updates=progress.updates)
+            run.profiler.end_step(micro_batches)
             watchdog.note_step(progress.step)
 
             if run.is_due(config.logging.every) or not report.is_applied:

@@ -33,6 +33,7 @@ from train.hardware import peak_memory
 from train.journal import Journal, open_journal, read_records
 from train.layout.placement import describe_placement, draw_grid
 from train.meters import Meters
+from train.profile.profiler import Profiler
 from train.ranks import Ranks
 from train.schedule import batch_size, learning_rate
 from train.watch.agreement import check_agreement
@@ -89,6 +90,13 @@ class Run:
         self.progress = self._beginning.progress
         self.progress.data = self.training.enter(self.progress.data)
         self.drift = DriftMonitor(config.precision.drift, self.engine.model, self.progress, ranks)
+        self.profiler = Profiler(
+            config,
+            engine=self.engine,
+            batches=self.batches,
+            ranks=ranks,
+            step=self.progress.step,
+        )
         self.meters = Meters(config, ranks)
         self.meters.restore(self._beginning.meters)
         self.saver = self._open_saver()
