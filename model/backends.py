@@ -11,13 +11,14 @@ from typing import NamedTuple
 
 import torch
 
+from model import flash_attention
+
 FP8_CAPABILITY = (8, 9)  # Ada and Hopper: the first with products of E4M3
 KERNEL_CAPABILITY = (8, 0)  # Ampere: the first with products of BF16
 UNMEASURED = "not measured yet: python -m bench.kernels"
-UNUSED = {  # libraries that do such work elsewhere, and for which nothing is written here yet
-    "deep_gemm": "FP8 products",
-    "flash_attn": "attention",
-    "deep_ep": "dispatch",
+UNUSED = {  # libraries that do such work elsewhere: of which operation, and why not here
+    "flash_attn": ("attention", "torch's varlen_attn is the same FlashAttention 2"),
+    "deep_ep": ("dispatch", "it needs NVLink or RDMA and buffers of its own; nobody has tried it"),
 }
 
 
@@ -25,6 +26,9 @@ class Backend(StrEnum):
     reference = "reference"  # plain PyTorch, which the others must equal
     torch = "torch"
     triton = "triton"
+    deep_gemm = "deep_gemm"
+    fa3 = "fa3"  # FlashAttention 3, through torch's dispatcher
+    fa4 = "fa4"
 
 
 class Wanted(StrEnum):
@@ -34,14 +38,20 @@ class Wanted(StrEnum):
     reference = "reference"
     torch = "torch"
     triton = "triton"
+    deep_gemm = "deep_gemm"
+    fa3 = "fa3"
+    fa4 = "fa4"
 
 
 @dataclass(slots=True, kw_only=True)
 class KernelsConfig:
-    #: Quantisation and products of FP8: auto, reference or triton.
+    #: Quantisation and products of FP8: auto, reference, triton, torch (its blockwise scaled_mm for
+    #: products with one matrix, triton for the rest) or deep_gemm (all but weights' gradients).
     fp8: Wanted = Wanted.auto
     #: The experts' products without FP8: auto, reference, torch or triton.
     experts: Wanted = Wanted.auto
+    #: Attention: auto or torch; or fa3, fa4: FlashAttention 3 or 4, where torch uses its own.
+    attention: Wanted = Wanted.auto
     #: RMSNorm: auto, reference (torch's, fused on GPUs) or triton.
     norm: Wanted = Wanted.auto
     #: RoPE on MLA's split heads: auto, reference or triton.
@@ -51,6 +61,13 @@ class KernelsConfig:
     #: Copies of tokens for their experts, and the weighted sum of results: auto, reference or
     #: triton.
     rows: Wanted = Wanted.auto
+
+
+KNOWN = {  # what there is for an operation, where that isn't reference and triton
+    "fp8": ("reference", "triton", "torch", "deep_gemm"),
+    "experts": ("reference", "torch", "triton"),
+    "attention": ("torch", "fa3", "fa4"),
+}
 
 
 class Choice(NamedTuple):
@@ -66,12 +83,18 @@ def set_kernels(config: KernelsConfig) -> None:
     """Let the config overrule what operations take from now on, in the whole process.
 
     Autograd's own threads ask too, so that it can't be a context's.
+
+    Raises:
+        ValueError: `model.flash_attention.activate`.
     """
     global _wanted
+    is_other = config.attention in (Wanted.fa3, Wanted.fa4)
+    flash_attention.activate(config.attention.value if is_other else None)
     _wanted = config
     for choose in (
         choose_fp8,
         choose_experts,
+        choose_attention,
         choose_norm,
         choose_rope,
         choose_router,
@@ -83,10 +106,10 @@ def set_kernels(config: KernelsConfig) -> None:
 def check_kernels(config: KernelsConfig) -> None:
     """Refuse, with a ValueError, an implementation that exists on no device."""
     for field in fields(config):
-        wanted = getattr(config, field.name)
-        if wanted is Wanted.torch and field.name != "experts":
+        wanted, known = getattr(config, field.name), KNOWN.get(field.name, ("reference", "triton"))
+        if wanted is not Wanted.auto and wanted not in known:
             raise ValueError(
-                f"kernels.{field.name}=torch does not exist; choose auto, reference or triton"
+                f"kernels.{field.name}={wanted} does not exist; choose auto, {', '.join(known)}"
             )
 
 
@@ -109,10 +132,8 @@ def choose_all(
     choices = [choose_fp8(device)] if is_fp8 else []
     if has_experts and not is_fp8:
         choices.append(choose_experts(device, dtype, widths=widths))
-    is_short = device.type == "cuda" and dtype.itemsize == 2
-    inside = "varlen_attn" if is_short else "once for each of their lengths"
     choices += [
-        Choice("attention", Backend.torch, f"scaled_dot_product_attention; in documents {inside}"),
+        choose_attention(device, dtype),
         *([choose_rope(device)] if has_split_heads else []),
         choose_norm(device),
         Choice("loss", Backend.reference, "in slices; linear_cross_entropy: python -m bench.loss"),
@@ -128,17 +149,39 @@ def choose_all(
 
 @cache
 def choose_fp8(device: torch.device) -> Choice:
-    """Quantisation and products of FP8."""
+    """Quantisation and products of FP8. DeepGEMM is taken if someone took the trouble to install
+    it; torch's scaled_mm must be asked for, since which is quicker isn't measured."""
     operation = "FP8"
     missing = _missing(device)
-    if missing is None and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+    if missing is None and _capability(device) < FP8_CAPABILITY:
         missing = f"{_name(device)} has no FP8 products, sm89 has"
     if missing is not None:
         return _pick(Choice(operation, Backend.reference, missing))
-    return _pick(
+    ranked = [
         Choice(operation, Backend.triton, f"{_name(device)}: model/kernels"),
         Choice(operation, Backend.reference, "plain PyTorch"),
-    )
+    ]
+    if _capability(device)[0] == 9:
+        if find_spec("deep_gemm") is not None:
+            why = "installed: products in BF16 of widths of 128s; else model/kernels; not measured"
+            ranked.insert(0, Choice(operation, Backend.deep_gemm, why))
+        if _cuda_version() >= (12, 9):
+            ranked.append(Choice(operation, Backend.torch, "scaled_mm"))
+    return _pick(*ranked)
+
+
+@cache
+def choose_attention(device: torch.device, dtype: torch.dtype) -> Choice:
+    """Attention: torch's choice among its kernels, or another flash attention in its place."""
+    is_short = device.type == "cuda" and dtype.itemsize == 2
+    inside = "varlen_attn" if is_short else "once for each of their lengths"
+    why = f"scaled_dot_product_attention; in documents {inside}"
+    ranked = [Choice("attention", Backend.torch, why)]
+    if is_short:
+        major = _capability(device)[0]
+        ranked += [Choice("attention", Backend.fa3, "")] if major == 9 else []
+        ranked += [Choice("attention", Backend.fa4, "")] if major in (9, 10) else []
+    return _pick(*ranked)
 
 
 @cache
@@ -206,8 +249,8 @@ def describe(choices: list[Choice]) -> str:
     """A line for each; and for libraries that are there, but not used."""
     lines = [f"  {one.operation:10} {one.backend:10} {one.why}" for one in choices]
     lines += [
-        f"  {operation:10} {'':10} {library} is installed, but not used here"
-        for library, operation in UNUSED.items()
+        f"  {operation:10} {'':10} {library} is installed, but not used here: {why}"
+        for library, (operation, why) in UNUSED.items()
         if find_spec(library) is not None
     ]
     return "\n".join(lines)
@@ -254,6 +297,10 @@ def _missing(device: torch.device) -> str | None:
 
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+def _cuda_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in (torch.version.cuda or "0.0").split("."))
 
 
 def _name(device: torch.device) -> str:

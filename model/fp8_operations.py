@@ -5,6 +5,7 @@ A layer with one matrix is a group of one expert that has all rows.
 
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -64,9 +65,13 @@ REFERENCE = Operations(
 
 def operations_on(device: torch.device) -> Operations:
     """The operations for tensors on that device."""
-    if choose_fp8(device).backend is Backend.reference:
-        return REFERENCE
-    return triton_operations()
+    match choose_fp8(device).backend:
+        case Backend.reference:
+            return REFERENCE
+        case Backend.triton:
+            return triton_operations()
+        case library:
+            return library_operations(library)
 
 
 @cache
@@ -86,3 +91,15 @@ def triton_operations() -> Operations:
         grouped_multiply_transposed,
         grouped_outer,
     )
+
+
+@cache
+def library_operations(library: Backend) -> Operations:
+    """The kernels', but for the products that torch's scaled_mm or DeepGEMM takes."""
+    if library is Backend.torch:
+        from model.kernels.scaled_mm import take_scaled_mm
+
+        return take_scaled_mm(triton_operations())
+    from model.kernels.deep_gemm import take_deep_gemm
+
+    return take_deep_gemm(triton_operations(), import_module("deep_gemm"))

@@ -27,8 +27,7 @@ def combine(outputs: Tensor, weights: Tensor, order: Tensor) -> Tensor:
 
 
 def gather(rows: Tensor, places: Tensor) -> Tensor:
-    """`rows[places]` [len(places), D]; a row of zeros where a place is -1, which is how runs are
-    padded."""
+    """`rows[places]` [len(places), D]."""
     gathered = rows.new_empty(len(places), rows.shape[1])
     if gathered.numel():
         grid = (len(places), triton.cdiv(rows.shape[1], BLOCK))
@@ -109,8 +108,7 @@ def _gather(rows_ptr, places_ptr, gathered_ptr, width, BLOCK: tl.constexpr):
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_inside = column < width
     place = tl.load(places_ptr + row)
-    has_row = tl.where(place >= 0, column, width) < width
-    x = tl.load(rows_ptr + place * width + column, mask=has_row, other=0.0)
+    x = tl.load(rows_ptr + place * width + column, mask=is_inside, other=0.0)
     tl.store(gathered_ptr + row * width + column, x, mask=is_inside)
 
 

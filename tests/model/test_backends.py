@@ -1,7 +1,7 @@
 """Which implementation is taken where, and that the table says what is done."""
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from unittest import mock
@@ -36,12 +36,17 @@ def _forget_what_was_chosen() -> Iterator[None]:
 
 
 @contextmanager
-def gpu(capability: tuple[int, int], *, has_triton: bool = True) -> Iterator[None]:
+def gpu(
+    capability: tuple[int, int], *, has_triton: bool = True, libraries: Iterable[str] = ()
+) -> Iterator[None]:
     """As if such a GPU were here."""
     set_kernels(backends._wanted)  # forget what was chosen for another
+    installed = {"triton"} if has_triton else set()
+    installed |= set(libraries)
     with (
         mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
-        mock.patch.object(backends, "find_spec", return_value=has_triton or None),
+        mock.patch.object(torch.version, "cuda", "12.9"),
+        mock.patch.object(backends, "find_spec", lambda name: True if name in installed else None),
     ):
         yield
 
@@ -125,10 +130,37 @@ def test_a_kernel_that_is_asked_for_in_vain_is_refused_with_the_reason() -> None
     set_kernels(KernelsConfig(router=Wanted.triton))
     with pytest.raises(ValueError, match="kernels.router=triton can't be had here .no kernels for"):
         choose_all(CPU, torch.float32, is_fp8=False, has_experts=True)
-    with pytest.raises(ValueError, match="kernels.rope=torch does not exist; choose auto"):
+    with pytest.raises(
+        ValueError, match="kernels.rope=torch does not exist; choose auto, reference"
+    ):
         check_kernels(KernelsConfig(rope=Wanted.torch))
 
 
 def test_kernels_off_is_plain_pytorch_for_every_operation() -> None:
     kernels = compose("experiment=smoke", "kernels=off").kernels
-    assert {getattr(kernels, field.name) for field in fields(kernels)} == {Wanted.reference}
+    taken = {field.name: getattr(kernels, field.name) for field in fields(kernels)}
+    assert taken.pop("attention") is Wanted.torch
+    assert set(taken.values()) == {Wanted.reference}
+
+
+def test_deep_gemm_is_taken_where_it_is_installed_and_can_run() -> None:
+    with gpu((9, 0), libraries=["deep_gemm"]):
+        assert choose_fp8(CUDA).backend is Backend.deep_gemm
+        set_kernels(KernelsConfig(fp8=Wanted.triton))
+        assert choose_fp8(CUDA).backend is Backend.triton
+    set_kernels(KernelsConfig())
+    with gpu((8, 9), libraries=["deep_gemm"]):
+        assert choose_fp8(CUDA).backend is Backend.triton
+
+
+def test_scaled_mm_must_be_asked_for_and_needs_hopper() -> None:
+    set_kernels(KernelsConfig(fp8=Wanted.torch))
+    with gpu((9, 0)):
+        assert choose_fp8(CUDA).backend is Backend.torch
+    with gpu((8, 9)), pytest.raises(ValueError, match="choose auto or triton or reference"):
+        choose_fp8(CUDA)
+
+
+def test_another_flash_attention_that_is_not_installed_is_refused() -> None:
+    with pytest.raises(ValueError, match="kernels.attention=fa4 needs flash_attn.cute.interface"):
+        set_kernels(KernelsConfig(attention=Wanted.fa4))
