@@ -4,7 +4,7 @@ One class per kind of source; `kind` tells them apart in a resolved YAML file.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
@@ -49,7 +49,8 @@ class DataConfig:
 
     #: Which kind of corpus this is: stdlib, files, hub, tokenized or mixture.
     kind: str
-    #: Folder that holds the prepared corpus: tokenizer, shards, manifest.
+    #: Folder that holds the prepared corpus: tokenizer, shards, manifest; or the URL of such a
+    #: folder's copy, which is only read.
     folder: str
     #: The tokenizer: an existing file or how one is trained.
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -173,10 +174,10 @@ def check_data(config: DataConfig) -> None:
         )
     if not config.folder:
         raise ValueError("data.folder is empty; name the folder that will hold the corpus")
-    if is_remote(config.folder):
+    if is_remote(config.folder) and isinstance(config, MixtureData):
         raise ValueError(
-            f"data.folder={config.folder} is a URL, but corpora are made in local folders; prepare "
-            "it in one, copy that to the URL, and name it in data.sources (data=mixture)"
+            f"data.folder={config.folder} is a URL, but a mixture's own folder is written; choose "
+            "a local one, and name URLs in data.sources"
         )
     if config.cache_bytes < 0:
         raise ValueError(f"data.cache_bytes={config.cache_bytes} is negative; choose 0 or more")
@@ -224,6 +225,23 @@ def check_data(config: DataConfig) -> None:
 def count_workers(config: DataConfig) -> int:
     """The number of worker processes: as configured, or one per core this process may use."""
     return config.processes or len(os.sched_getaffinity(0))
+
+
+ALONE = "corpus"
+"""What the source of a run without a mixture is called."""
+
+
+def list_sources(config: DataConfig) -> list[SourceConfig]:
+    """The sources of a mixture; a corpus by itself is one."""
+    if isinstance(config, MixtureData):
+        return config.sources
+    return [SourceConfig(name=ALONE, folder=config.folder, weight=1.0)]
+
+
+def read_alike(config: DataConfig, folder: str) -> DataConfig:
+    """How another prepared corpus is read with the settings of `config`."""
+    common = {each.name: getattr(config, each.name) for each in fields(DataConfig)}
+    return DataConfig(**common | {"folder": folder})
 
 
 class _InFolder(Protocol):

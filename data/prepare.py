@@ -60,9 +60,11 @@ from data.manifest import (
     verify_corpus,
     write_manifest,
 )
+from data.mirror import is_remote
 from data.prepare_mixture import prepare_mixture
 from data.prepare_tokenized import prepare_tokenized
 from data.progress import Advance, Progress, open_progress
+from data.remote import open_remote
 from data.report import make_report, write_report
 from data.select_corpus import Selection, select_documents
 from data.shard_pool import cut_shards, work_on_shards
@@ -84,17 +86,20 @@ class Prepared(NamedTuple):
 def prepare(config: DataConfig, *, progress: Progress | None = None) -> Prepared:
     """The corpus of `config`, prepared in `data.folder` unless it already is.
 
-    Progress goes to stderr unless told otherwise.
+    Progress goes to stderr unless told otherwise. A corpus behind a URL is only looked up.
 
     Raises:
         ValueError: Settings, input or what lies in the folder is at fault; says which and what
             to do.
         RuntimeError: A worker process died, or the disk is full; running again continues.
+        OSError: A URL can't be reached.
     """
     check_data(config)
     folder = find_folder(config)
     if isinstance(config, MixtureData):
         return Prepared(folder, prepare_mixture(config), was_ready=False)
+    if is_remote(config.folder):  # there nothing is made, so nothing is compared with the config
+        return Prepared(folder, open_remote(config.folder, config).bring(), was_ready=True)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / FILE).is_file():  # a finished corpus is anyone's to read, at any time
         return _accept_finished(config, folder)
@@ -117,6 +122,8 @@ def tokenizer_path(config: DataConfig) -> Path:
     if isinstance(config, MixtureData):
         source = find_folder(config.sources[0])
         return find_folder(config) / read_manifest(source).tokenizer.file.name
+    if is_remote(config.folder):
+        return find_folder(config) / read_manifest(find_folder(config)).tokenizer.file.name
     given = config.tokenizer.path
     return find_folder(config) / f"tokenizer{'.model' if given is None else Path(given).suffix}"
 

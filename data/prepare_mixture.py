@@ -27,7 +27,7 @@ from data.manifest import (
     write_manifest,
 )
 from data.mirror import is_remote
-from data.remote import RemoteCorpus
+from data.remote import open_remote
 from data.unigram import read_unigram
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def prepare_mixture(config: MixtureData) -> Manifest:
             f"data.folder={folder} is also a source's; the mixture needs a folder of its own"
         )
     folders = {source.name: find_folder(source) for source in config.sources}
-    manifests = {source.name: _read_source(source, config.cache_bytes) for source in config.sources}
+    manifests = {source.name: _read_source(source, config) for source in config.sources}
     first, *others = manifests
     tokenizer = manifests[first].tokenizer
     for name in others:
@@ -73,10 +73,10 @@ def prepare_mixture(config: MixtureData) -> Manifest:
     return manifest
 
 
-def _read_source(source: SourceConfig, cache_bytes: int) -> Manifest:
+def _read_source(source: SourceConfig, config: MixtureData) -> Manifest:
     try:
         if is_remote(source.folder):
-            return RemoteCorpus(source.folder, cache_bytes=cache_bytes).read_manifest()
+            return open_remote(source.folder, config).bring()
         return read_manifest(find_folder(source))
     except (ValueError, OSError) as error:
         raise ValueError(f"the source {source.name}: {error}") from error

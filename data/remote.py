@@ -1,101 +1,200 @@
-"""Sources that lie behind a URL: what is local of them, and reading the rest from afar.
+"""Corpora that lie behind a URL: what is local of them, and where the rest is read from.
 
-Any file system that fsspec knows. The small files of a corpus and as many of its shards, from the
-first on, as `data.cache_bytes` allow are copied to a local folder when they are first read, each
-checked by its hash. Of the other shards the documents that a rank reads are fetched, those of
-a step in one request of many ranges. Documents come in random order from all shards, so dropping
-one shard for another would only copy more. (fsspec's own caches of files have no bound.)
+The small files of a corpus and as many of its shards, from the first on, as `data.cache_bytes`
+allow are copied to a local folder when they are first read, each once per node and checked by its
+hash. Of the other shards the documents that a rank reads are fetched, those of a step in one
+request of many ranges (`data/remote_file.py`). Documents come in random order from all shards, so
+dropping one shard for another would only copy more. (fsspec's own caches of files have no bound.)
 """
 
+import logging
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
-import fsspec
 import numpy as np
-import numpy.typing as npt
 
 from data.atomic_file import PARTIAL, write_aside
-from data.manifest import FILE, FileRecord, Manifest, ShardRecord, read_manifest
-from data.mirror import mirror_folder
+from data.config import DataConfig, MixtureData
+from data.file_lock import hold_lock
+from data.manifest import FILE, FileRecord, Manifest, ShardRecord, Split, read_manifest
+from data.mirror import is_remote, mirror_folder
+from data.remote_file import RemoteFile, RemoteTokens, open_url
+from data.retry import RetryConfig, retry
 from data.shards import DTYPES, INT32, UINT16
+
+log = logging.getLogger(__name__)
 
 COPIED_AT_ONCE = 2**24  # bytes
 LEFT_SECONDS = 3600  # since a copy was last written to, after which nobody is making it
 
 
-class RemoteCorpus:
-    """The files of a prepared corpus behind a URL.
+def bring_here(config: DataConfig) -> None:
+    """Local copies of the small files and the held-out text of all that lies behind a URL.
 
     Raises:
-        OSError: They can't be read, or a copied file is not the one that was prepared.
+        ValueError: See `RemoteCorpus.bring`.
+        OSError: Likewise.
     """
+    sources = config.sources if isinstance(config, MixtureData) else []
+    for folder in (config.folder, *(source.folder for source in sources)):
+        if is_remote(folder):
+            open_remote(folder, config).bring()
 
-    def __init__(self, url: str, *, cache_bytes: int) -> None:
+
+def open_remote(url: str, config: DataConfig) -> "RemoteCorpus":
+    """The corpus behind a URL, with the patience and the disk that the config allows."""
+    return RemoteCorpus(url, cache_bytes=config.cache_bytes, patience=config.retry)
+
+
+class RemoteCorpus:
+    """The files of a prepared corpus behind a URL."""
+
+    def __init__(self, url: str, *, cache_bytes: int, patience: RetryConfig) -> None:
         self.url = url.rstrip("/")
         self.folder = mirror_folder(url)
         self._most = cache_bytes
-        self._files, self._root = fsspec.url_to_fs(self.url)
+        self._patience = patience
+        self._root = open_url(self.url, timeout=patience.timeout_seconds)
+        self._checked: set[str] = set()  # files whose tag was compared
 
-    def read_manifest(self) -> Manifest:
-        """The manifest; it and all small files are local afterwards.
+    def bring(self) -> Manifest:
+        """The manifest; it, all small files and the held-out text are local afterwards.
+
+        While the URL can't be reached, the copies of an earlier run serve, which were checked
+        when they were made.
 
         Raises:
-            ValueError: The local copies are another corpus'.
+            ValueError: There is no corpus, or the local copies are another one's.
+            OSError: What has no local copy can't be read, or is not what was prepared.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
-        path = self.folder / FILE
-        with _as_os_error():
-            content = self._files.cat_file(f"{self._root}/{FILE}")
-        if not path.is_file():
-            with write_aside(path, alone=False) as file:
-                file.write(content)
-        elif path.read_bytes() != content:
-            raise ValueError(
-                f"{self.folder} holds copies of another corpus than lies behind {self.url} now; "
-                "put that one back, or delete the folder to copy the new one"
-            )
+        self._bring_manifest()
         manifest = read_manifest(self.folder)
+        records = [manifest.tokenizer.file, manifest.origin]
         for split in (manifest.train, manifest.validation):
-            for record in (split.unigram, split.index, split.prompts):
-                if record is not None:
-                    self.copy(record)
-        for record in (manifest.tokenizer.file, manifest.origin):
-            self.copy(record)
-        for shard in manifest.validation.shards:
-            self.copy(shard.bin)
-            self.copy(shard.idx)
+            records += filter(None, (split.unigram, split.index, split.prompts))
+        records += [file for shard in manifest.validation.shards for file in (shard.bin, shard.idx)]
+        self._refuse_elsewhere(manifest)
+        for record in records:
+            retry(lambda: self.copy(record), self._patience, forget=self.forget)  # noqa: B023
         return manifest
 
-    def find_kept(self, manifest: Manifest) -> list[bool]:
-        """Which training shards may have a local copy: the first ones, up to the bound."""
+    def find_kept(self, manifest: Manifest, split: Split) -> list[bool]:
+        """Which shards may have a local copy: of the training split the first ones, up to the
+        bound; all that are held out."""
+        if split is Split.validation:
+            return [True] * len(manifest.validation.shards)
         sizes = np.cumsum([shard.bin.num_bytes for shard in manifest.train.shards])
         return (sizes <= self._most).tolist()
 
     def copy(self, record: FileRecord) -> Path:
-        """The local copy of a file, made if there is none."""
+        """The local copy of a file, made if there is none; by one of the processes that want it.
+
+        Raises:
+            OSError: It can't be read, or is not the file that was prepared.
+        """
         path = self.folder / record.name
-        if path.is_file() and path.stat().st_size == record.num_bytes:
-            return path
+        if not _is_whole(path, record):
+            with hold_lock(path.with_name(f"{path.name}.lock"), waits=True):
+                if not _is_whole(path, record):
+                    self._download(record, path)
+        return path
+
+    def open(self, shard: ShardRecord) -> RemoteTokens:
+        """The tokens of a shard without a copy.
+
+        Raises:
+            OSError: The shard is another one than when it was first read.
+        """
+        self._check_tag(shard.bin)
+        assert shard.bin.num_bytes == 2 * shard.tokens or shard.bin.num_bytes == 4 * shard.tokens
+        code = UINT16 if shard.bin.num_bytes == 2 * shard.tokens else INT32
+        return RemoteTokens(self._file(shard.bin.name), DTYPES[code])
+
+    def forget(self) -> None:
+        """What the client knows of the files may be stale."""
+        self._root.files.invalidate_cache()
+
+    def _file(self, name: str) -> RemoteFile:
+        return self._root._replace(path=f"{self._root.path}/{name}")
+
+    def _check_tag(self, record: FileRecord) -> None:
+        """Ranges can't be checked by hash, so what is known of the whole file must stay the same;
+        it is asked once by each process."""
+        if record.name in self._checked:
+            return
+        remote, path = self._file(record.name), self.folder / f"{record.name}.etag"
+        tag = remote.find_tag()
+        if tag is not None:
+            with hold_lock(path.with_name(f"{record.name}.lock"), waits=True):
+                if not path.is_file():
+                    with write_aside(path, alone=False) as file:
+                        file.write(tag.encode())
+            if path.read_text() != tag:
+                raise OSError(
+                    f"{remote.url} was replaced since it was first read (its ETag is {tag}, was "
+                    f"{path.read_text()}); put the old one back, or, if it is the same, delete "
+                    f"{path}"
+                )
+        self._checked.add(record.name)
+
+    def _bring_manifest(self) -> None:
+        path, remote = self.folder / FILE, self._file(FILE)
+        try:
+            once = RetryConfig(attempts=1)  # local copies are as good
+            content = retry(
+                lambda: _read_if_there(remote),
+                once if path.is_file() else self._patience,
+                forget=self.forget,
+            )
+        except OSError as error:
+            if not path.is_file():
+                raise
+            log.warning("%s; its local copies in %s are read instead", error, self.folder)
+            return
+        if content is None and path.is_file():
+            log.warning("%s is gone; its local copies in %s are read", remote.url, self.folder)
+            return
+        if content is None:
+            raise ValueError(
+                f"{self.url} holds no finished corpus (no {FILE}); corpora are made in local "
+                "folders: prepare it in one, and copy all of that to the URL"
+            )
+        with hold_lock(self.folder / f"{FILE}.lock", waits=True):
+            if not path.is_file():
+                with write_aside(path, alone=False) as file:
+                    file.write(content)
+        if path.read_bytes() != content:
+            raise ValueError(
+                f"{self.folder} holds copies of another corpus than lies behind {self.url} now; "
+                "put that one back, or delete the folder to copy the new one"
+            )
+
+    def _refuse_elsewhere(self, manifest: Manifest) -> None:
+        """What other tools tokenized is not in the corpus' folder, so it isn't behind the URL."""
+        for split in (manifest.train, manifest.validation):
+            for shard in split.shards:
+                if Path(shard.name).name != shard.name:
+                    raise ValueError(
+                        f"{self.url} only points to its shards, such as {shard.name}: corpora of "
+                        "data=tokenized and data=mixture are read where they were made"
+                    )
+
+    def _download(self, record: FileRecord, path: Path) -> None:
+        remote = self._file(record.name)
         digest = sha256()
-        with (
-            _as_os_error(),
-            self._files.open(f"{self._root}/{record.name}", "rb") as source,
-            write_aside(path, alone=False) as file,
-        ):
-            while part := source.read(COPIED_AT_ONCE):
+        source = remote.ask(lambda: remote.files.open(remote.path, "rb"))
+        with source, write_aside(path, alone=False) as file:
+            while part := remote.ask(lambda: source.read(COPIED_AT_ONCE)):
                 digest.update(part)
                 file.write(part)
             if digest.hexdigest() != record.sha256:
                 raise OSError(
-                    f"{self.url}/{record.name} does not match its sha256 in {FILE}; copy the "
-                    "corpus there again"
+                    f"{remote.url} does not match its sha256 in {FILE}; copy the corpus there again"
                 )
-        return path
 
     def _remove_leftovers(self) -> None:
         """Remove what processes were copying when they were killed."""
@@ -104,72 +203,14 @@ class RemoteCorpus:
                 if time.time() - path.stat().st_mtime > LEFT_SECONDS:
                     path.unlink()
 
-    def open(self, shard: ShardRecord) -> "RemoteTokens":
-        """The tokens of a shard without a copy."""
-        assert shard.bin.num_bytes == 2 * shard.tokens or shard.bin.num_bytes == 4 * shard.tokens
-        code = UINT16 if shard.bin.num_bytes == 2 * shard.tokens else INT32
-        return RemoteTokens(self._files, f"{self._root}/{shard.bin.name}", DTYPES[code])
+
+def _is_whole(path: Path, record: FileRecord) -> bool:
+    """Whether the copy is there; it was checked by its hash before it got its name."""
+    return path.is_file() and path.stat().st_size == record.num_bytes
 
 
-class RemoteTokens:
-    """Slices of a remote file of tokens; those that were announced come from one request."""
-
-    def __init__(self, files: Any, path: str, dtype: np.dtype[Any]) -> None:
-        self.files, self.path, self.dtype = files, path, dtype
-        self._fetched: dict[tuple[int, int], bytes] = {}
-
-    def __getitem__(self, where: slice) -> npt.NDArray[np.integer[Any]]:
-        size = self.dtype.itemsize
-        span = where.start * size, where.stop * size
-        content = self._fetched.get(span)
-        if content is None:
-            with _as_os_error():
-                content = self.files.cat_file(self.path, *span)
-        if len(content) != span[1] - span[0]:
-            raise OSError(f"{self.path} is shorter than the corpus' manifest says")
-        return np.frombuffer(content, self.dtype)
-
-    def keep(self, spans: dict[tuple[int, int], bytes]) -> None:
-        """What the next slices are taken from."""
-        self._fetched = spans
-
-
-def fetch(wanted: Iterable[tuple[RemoteTokens, int, int]]) -> None:
-    """Bring ranges [start, stop) of tokens here, those of one file system in one request.
-
-    Raises:
-        OSError: They can't be read.
-    """
-    by_system: dict[int, list[tuple[RemoteTokens, int, int]]] = {}
-    for tokens, start, stop in wanted:
-        size = tokens.dtype.itemsize
-        by_system.setdefault(id(tokens.files), []).append((tokens, start * size, stop * size))
-    for ranges in by_system.values():
-        files = ranges[0][0].files
-        with _as_os_error():
-            contents = files.cat_ranges(
-                [tokens.path for tokens, _, _ in ranges],
-                [start for _, start, _ in ranges],
-                [stop for _, _, stop in ranges],
-                on_error="raise",
-            )
-            for content in contents:
-                if isinstance(content, Exception):  # fsspec 2024.2 returns those of HTTP and S3
-                    raise content
-        by_file: dict[int, dict[tuple[int, int], bytes]] = {}
-        for (tokens, *span), content in zip(ranges, contents, strict=True):
-            by_file.setdefault(id(tokens), {})[span[0], span[1]] = content
-        for tokens in {id(tokens): tokens for tokens, _, _ in ranges}.values():
-            tokens.keep(by_file[id(tokens)])
-
-
-@contextmanager
-def _as_os_error() -> Iterator[None]:
-    """File systems raise what their clients do (aiohttp's errors are no OSErrors); the run saves
-    and stops at an OSError."""
+def _read_if_there(file: RemoteFile) -> bytes | None:
     try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(str(error) or repr(error)) from error
+        return file.read()
+    except FileNotFoundError:
+        return None

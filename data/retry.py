@@ -1,8 +1,10 @@
-"""Patience with file systems that fail for a while."""
+"""Patience with file systems that fail for a while, or don't answer."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,6 +19,8 @@ class RetryConfig:
     attempts: int = 5
     #: Seconds before the second attempt; twice as many before each further one.
     wait_seconds: float = 1.0
+    #: Seconds after which a request to a file system behind a URL has failed.
+    timeout_seconds: float = 60.0
 
 
 def check_retry(config: RetryConfig) -> None:
@@ -26,6 +30,10 @@ def check_retry(config: RetryConfig) -> None:
     if config.wait_seconds < 0:
         raise ValueError(
             f"data.retry.wait_seconds={config.wait_seconds} is negative; choose 0 or more"
+        )
+    if config.timeout_seconds <= 0:
+        raise ValueError(
+            f"data.retry.timeout_seconds={config.timeout_seconds} must be positive; choose e.g. 60"
         )
 
 
@@ -48,3 +56,29 @@ def retry(read: Callable[[], T], config: RetryConfig, *, forget: Callable[[], No
             time.sleep(wait)
             wait *= 2
     return read()
+
+
+def within(seconds: float, read: Callable[[], T], *, what: str) -> T:
+    """What `read` returns. It runs in a thread of its own, because file systems have limits of
+    their own or none; one that is late is left to itself.
+
+    Raises:
+        TimeoutError: It takes longer; also an OSError.
+    """
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(read())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="within", daemon=True).start()
+    try:
+        return result.result(seconds)
+    except TimeoutError as error:
+        if result.done():  # it was `read` that raised it, or is done just now
+            return result.result()
+        raise TimeoutError(
+            f"{what} has not answered within {seconds:g} s (data.retry.timeout_seconds)"
+        ) from error

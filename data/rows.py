@@ -12,7 +12,7 @@ import numpy.typing as npt
 from data.fim import FimSetting
 from data.gather import Gather, Tokens
 from data.mixture import Row
-from data.remote import RemoteTokens, fetch
+from data.remote_file import RemoteTokens, fetch
 from data.samples import IGNORED, Sample
 from data.source import Source
 

@@ -13,6 +13,8 @@ import numpy.typing as npt
 from data.config import DataConfig, find_folder
 from data.documents import MappedIndex
 from data.manifest import Split, read_manifest
+from data.mirror import is_remote
+from data.remote import bring_here, open_remote
 from data.token_stream import TokenStream
 
 IGNORED = -100
@@ -115,14 +117,17 @@ def open_samples(config: DataConfig, *, tokenizer_fingerprint: str | None = None
     """The validation split of the prepared corpus of `config`.
 
     Raises:
-        ValueError: See `TokenStream` and `Samples`.
+        ValueError: See `TokenStream`, `Samples` and `RemoteCorpus.bring`.
+        OSError: What lies behind a URL can't be read, and has no local copy.
     """
+    bring_here(config)
     folder = find_folder(config)
     stream = TokenStream(
         folder,
         Split.validation,
         verify=config.verify,
         tokenizer_fingerprint=tokenizer_fingerprint,
+        remote=open_remote(config.folder, config) if is_remote(config.folder) else None,
     )
     record = read_manifest(folder).validation
     index = None

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from data.config import Verify
 from data.gather import Gather, Tokens
 from data.manifest import Split, TokenizerRecord, read_manifest, verify_corpus
-from data.remote import RemoteCorpus, RemoteTokens
+from data.remote import RemoteCorpus
+from data.remote_file import RemoteTokens
 from data.shards import Shard, bin_path
 
 OPEN_SHARDS = 256
@@ -62,7 +63,7 @@ class TokenStream:
         if remote is None:
             verify_corpus(folder, manifest, verify=verify)
         self._remote = remote
-        self._is_kept = remote.find_kept(manifest) if remote is not None else []
+        self._is_kept = remote.find_kept(manifest, split) if remote is not None else []
         record = manifest.split(split)
         self._folder = folder
         self._shards = record.shards
@@ -166,7 +167,6 @@ class TokenStream:
             if not self._is_kept[number]:
                 return self._remote.open(self._shards[number])
             self._remote.copy(self._shards[number].bin)
-            self._remote.copy(self._shards[number].idx)
         if number not in self._dtypes:
             self._dtypes[number] = self._open_shard(number).tokens.dtype
             if self._dtypes[number] != self.dtype:
@@ -184,6 +184,9 @@ class TokenStream:
 
     def _open_shard(self, number: int) -> Shard:
         record = self._shards[number]
+        if self._remote is not None:
+            self._remote.copy(record.bin)
+            self._remote.copy(record.idx)
         try:
             shard = Shard(self._folder / record.name)
         except ValueError as error:  # in the midst of a run, which saves and stops at an OSError

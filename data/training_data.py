@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from data.blend import Blend, SourceConfig
-from data.config import DataConfig, MixtureData, find_folder
+from data.config import DataConfig, MixtureData, find_folder, list_sources
 from data.documents import MappedIndex
 from data.fim import FimSetting
 from data.gather import Gather
@@ -13,14 +13,11 @@ from data.manifest import Split, read_manifest
 from data.mirror import is_remote
 from data.mixture import Drawn, Mixture, Row
 from data.position import Position, SourcePosition
-from data.remote import RemoteCorpus
+from data.remote import open_remote
 from data.retry import retry
 from data.rows import Rows, read_rows
 from data.source import Source
 from data.token_stream import TokenStream
-
-ALONE = "corpus"
-"""What the source of a run without a mixture is called."""
 
 
 class TrainingData:
@@ -107,8 +104,8 @@ class TrainingData:
     def _open(self, source: SourceConfig) -> Source:
         folder, remote = find_folder(source), None
         if is_remote(source.folder):
-            remote = RemoteCorpus(source.folder, cache_bytes=self._config.cache_bytes)
-            remote.read_manifest()
+            remote = open_remote(source.folder, self._config)
+            remote.bring()
         stream = TokenStream(folder, Split.train, verify=self._config.verify, remote=remote)
         manifest = read_manifest(folder)
         self._identities[source.name] = manifest.train.fingerprint
@@ -150,10 +147,3 @@ class TrainingData:
             "sources": sources,
             "stages": [asdict(stage) for stage in getattr(config, "stages", [])],
         }
-
-
-def list_sources(config: DataConfig) -> list[SourceConfig]:
-    """The sources of a mixture; a corpus by itself is one."""
-    if isinstance(config, MixtureData):
-        return config.sources
-    return [SourceConfig(name=ALONE, folder=config.folder, weight=1.0)]

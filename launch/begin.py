@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.config import MixtureData, find_folder
+from data.blend import SourceConfig
+from data.config import DataConfig, MixtureData, find_folder
 from data.mirror import is_remote
 from data.prepare import prepare
 from launch.grow_on_resume import grow_on_resume
@@ -32,10 +33,11 @@ def settle(job: Job) -> LaunchedRun:
         config = take_up(config, job.overrides)
     check_launched(config)
     # Later commands may come from elsewhere; they read where the corpus is in the run's config.
-    config.data.folder = str(find_folder(config.data).absolute())
-    if isinstance(config.data, MixtureData):
-        for source in (each for each in config.data.sources if not is_remote(each.folder)):
-            source.folder = str(find_folder(source).absolute())
+    sources = config.data.sources if isinstance(config.data, MixtureData) else []
+    folders: list[DataConfig | SourceConfig] = [config.data, *sources]
+    for each in folders:
+        if not is_remote(each.folder):
+            each.folder = str(find_folder(each).absolute())
     if not isinstance(config.launch, LocalLaunch):  # ranks elsewhere start in other folders
         config = dataclasses.replace(config, run_dir=str(Path(config.run_dir).absolute()))
     check_start(config)

@@ -10,6 +10,7 @@ from data.atomic_file import write_aside
 from data.config import find_folder
 from data.manifest import read_manifest
 from data.position import Position
+from data.remote import bring_here
 from data.tokenizer import load_tokenizer
 from data.training_data import TrainingData
 from launch.html_page import bars, table, write_html
@@ -68,7 +69,9 @@ def look_job(job: Job) -> ExitCode:
 
 def show(config: LookConfig, run_dir: Path) -> tuple[str, str, str]:
     """Title, text and body of a page of one step's samples."""
-    folder = find_folder(read_config(run_dir / CONFIG_FILE, RunConfig).data)
+    data = read_config(run_dir / CONFIG_FILE, RunConfig).data
+    bring_here(data)
+    folder = find_folder(data)
     tokenizer = load_tokenizer(folder / read_manifest(folder).tokenizer.file.name)
     samples = describe_samples(config.step, read_step(run_dir, config.step), tokenizer)
     title = f"Step {config.step} of {run_dir}"

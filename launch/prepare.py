@@ -4,6 +4,7 @@ import logging
 import sys
 
 from data.config import MixtureData, find_folder
+from data.mirror import is_remote
 from data.prepare import prepare
 from data.report import describe_report, describe_sources, read_report
 from launch.settings.compose import Job, run_jobs, to_config, worst
@@ -21,6 +22,11 @@ def prepare_job(job: Job) -> ExitCode:
     """Prepare the corpus of one run's config; the rest of the config is only checked."""
     config = to_config(job.values, LaunchedRun)
     check_launched(config)
+    if is_remote(config.data.folder):
+        raise ValueError(
+            f"data.folder={config.data.folder} is a URL, but corpora are made in local folders; "
+            "prepare it in one, and copy that to the URL, where thrifty train reads it"
+        )
     prepared = prepare(config.data)
     if isinstance(config.data, MixtureData):
         print(describe_sources({one.name: find_folder(one) for one in config.data.sources}))

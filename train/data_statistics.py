@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.config import find_folder
+from data.config import find_folder, list_sources
 from data.documents import Numbers, Spans
 from data.position import Position, SourcePosition
 from data.report import read_report
 from data.select import EXACT, NEAR
 from data.token_stream import TokenStream
-from data.training_data import TrainingData, list_sources
+from data.training_data import TrainingData
 from train.config import RunConfig
 
 Lengths = dict[str, int]

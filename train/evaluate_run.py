@@ -1,10 +1,10 @@
 """Evaluation of a run's checkpoint, apart from its training."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from data.batches import Batch
-from data.config import find_folder
+from data.config import find_folder, read_alike
 from data.samples import open_samples
 from model.transformer import Sums
 from train.checkpoint.restore import restore
@@ -21,8 +21,8 @@ class EvaluateConfig:
     step: int | None = None
     #: Its weights as trained, or their moving average (ema).
     weights: Weights = Weights.trained
-    #: Folder of a prepared corpus that is judged by instead of the run's own, such as one source of
-    #: a mixture; it must have been made with the run's tokenizer.
+    #: Folder or URL of a prepared corpus that is judged by instead of the run's own, such as one
+    #: source of a mixture; it must have been made with the run's tokenizer.
     corpus: str | None = None
     #: Validation sequences to read; null reads the whole split.
     max_sequences: int | None = None
@@ -42,7 +42,7 @@ def evaluate_run(config: EvaluateConfig) -> Evaluation:
     restored = restore(Path(config.run_dir), ranks=ranks, step=config.step, weights=config.weights)
     data, device = restored.config.data, ranks.device
     if config.corpus is not None:
-        data = replace(data, folder=config.corpus)
+        data = read_alike(data, config.corpus)
     samples = open_samples(
         data,
         tokenizer_fingerprint=restored.tokenizer.fingerprint,

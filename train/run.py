@@ -13,6 +13,7 @@ import torch
 from data.batches import Batches
 from data.config import Verify, find_folder
 from data.manifest import read_manifest
+from data.remote import bring_here
 from data.samples import open_samples
 from data.training_data import TrainingData
 from model.backends import choose_all, describe
@@ -54,6 +55,7 @@ class Run:
         self.config = config
         self.ranks = ranks
         self.run_dir = Path(config.run_dir)
+        bring_here(config.data)  # where a node has a disk of its own
         self.corpus = find_folder(config.data)
         self.tokenizer = read_manifest(self.corpus).tokenizer
         if self.tokenizer.size > config.model.vocab_size:

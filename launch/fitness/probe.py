@@ -20,10 +20,12 @@ from typing import Any
 
 import psutil
 
+from data.mirror import is_remote
 from launch.nodes.interface import address_of, interface_of, interface_towards
 
 PACKAGES = ("thrifty", "torch", "deepspeed", "numpy", "safetensors", "datasets", "sentencepiece")
 CODE = ("model", "data", "train", "launch")
+URL_SECONDS = 20.0  # for an answer
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 (looked at, not written to)
 
 
@@ -52,7 +54,7 @@ def probe(asked: dict[str, Any]) -> dict[str, Any]:
         "interface": _interface(asked),
         "resolved": resolve(asked["first_name"]) if asked["first_name"] else None,
         "port": _try_port(asked["port"]),
-        "corpora": _hash_corpora(asked["corpora"]),
+        "corpora": hash_corpora(asked["corpora"]),
         "written": written,
     }
 
@@ -146,13 +148,19 @@ def _try_port(port: int | None) -> str:
     return ""
 
 
-def _hash_corpora(folders: list[str]) -> str:
+def hash_corpora(folders: list[str]) -> str:
     """One digest of all corpora's manifests; `missing` where one can't be read."""
     digest = hashlib.sha256()
     try:
         for folder in folders:
-            digest.update((Path(folder) / "manifest.json").read_bytes())
-    except OSError:
+            manifest = f"{folder}/manifest.json"
+            if is_remote(folder):
+                from data.remote_file import open_url  # brings numpy: only a URL waits for it
+
+                digest.update(open_url(manifest, timeout=URL_SECONDS).read())
+            else:
+                digest.update(Path(manifest).read_bytes())
+    except (OSError, ValueError):
         return "missing"
     return digest.hexdigest()[:12]
 

@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 
 from data.config import MixtureData
+from launch import prepare
 from launch.begin import settle
 from launch.settings.compose import Job, run_jobs
 from launch.settings.config import LaunchedRun
@@ -30,3 +31,25 @@ def test_local_sources_become_absolute_and_urls_stay(
     assert isinstance(config.data, MixtureData)
     assert [source.folder for source in config.data.sources] == [str(tmp_path / "b/c"), "s3://b/c"]
     assert config.data.folder == str(tmp_path / "corpora/mixture")
+
+
+def test_a_corpus_behind_a_url_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settled = []
+
+    def keep(job: Job) -> ExitCode:
+        settled.append(settle(job).data.folder)
+        return ExitCode.FINISHED
+
+    with mock.patch("sys.argv", ["thrifty train", "experiment=smoke", "data.folder='s3://b/c'"]):
+        run_jobs(keep, schema=LaunchedRun)
+    assert settled == ["s3://b/c"]
+
+
+def test_nothing_is_prepared_behind_a_url(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["thrifty prepare", "data.folder='s3://b/c'"])
+    assert prepare.main() == ExitCode.MISTAKE
+    complaint = "data.folder=s3://b/c is a URL, but corpora are made in local folders; prepare it"
+    assert complaint in capsys.readouterr().err

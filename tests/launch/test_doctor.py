@@ -6,10 +6,11 @@ import pytest
 
 from launch.doctor import judge_devices
 from launch.fitness.findings import Findings, report
-from launch.fitness.probe import list_gpus, resolve
+from launch.fitness.probe import hash_corpora, list_gpus, resolve
 from launch.fitness.rates import GB, describe_rates, list_rates
 from launch.settings.config import LaunchedRun
 from tests.command import compose
+from tests.data.web_server import serve
 
 RATES = {
     "all_reduce": 2 * GB,
@@ -98,3 +99,10 @@ def test_rates_are_told_for_the_group_and_each_pair_and_the_slowest_link_is_name
         ("b", "5.00 GB/s to a", ""),
         ("c", "1.00 GB/s to a", "1.00 GB/s to a, 2 needed"),
     ]
+
+
+def test_a_corpus_behind_a_url_counts_as_missing_where_it_cant_be_reached(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    with serve(tmp_path) as server:
+        assert hash_corpora([server.url]) == hash_corpora([str(tmp_path)]) != "missing"
+    assert hash_corpora([server.url]) == "missing"

@@ -11,11 +11,13 @@ import pytest
 
 import data.training_data
 from data.retry import RetryConfig, retry
+from tests.data.web_server import GONE, serve
 from tests.ranks import run_ranks
 from tests.train.tiny import tiny_run
 from train.checkpoint.checkpoints import Checkpoints
-from train.config import RunConfig
+from train.config import CONFIG_FILE, RunConfig, write_config
 from train.engine.engine import join
+from train.evaluate_run import EvaluateConfig, evaluate_run
 from train.journal import read_records
 from train.layout.parallel import ParallelConfig
 from train.loop import train as train_run
@@ -90,6 +92,36 @@ def test_a_run_whose_shard_was_cut_short_is_finished_by_a_rerun(
     Path(undisturbed.run_dir).mkdir(parents=True)
     start(undisturbed)
     assert numbers(config) == numbers(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_whose_server_goes_away_is_finished_by_a_rerun_and_judged_through_the_url(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THRIFTY_CACHE", str(tmp_path / "cache"))
+    undisturbed = tiny_run(tmp_path / "undisturbed", parallel=config.parallel)
+    undisturbed.data.folder = config.data.folder
+    Path(undisturbed.run_dir).mkdir(parents=True)
+    start(undisturbed)
+    with serve(Path(config.data.folder)) as server:
+        config.data.folder, config.data.cache_bytes = server.url, 0
+        with (
+            from_read(4, (server.folder / GONE).touch),
+            pytest.raises(AssertionError, match=r"can't be read .*:\d+/train-00000\.bin"),
+        ):
+            start(config)
+        (*_, saved) = Checkpoints(Path(config.run_dir), keep=10).steps()
+        assert 2 <= saved <= 3
+        (server.folder / GONE).unlink()
+        start(config)
+        assert numbers(config) == numbers(undisturbed)
+
+        def judge(corpus: str) -> dict[str, float]:
+            asked = EvaluateConfig(run_dir=undisturbed.run_dir, corpus=corpus)
+            return run_ranks(1, lambda: evaluate_run(asked)._asdict())[0]
+
+        write_config(undisturbed, Path(undisturbed.run_dir) / CONFIG_FILE)
+        assert judge(server.url) == judge(str(server.folder))
 
 
 def test_a_failure_that_passes_is_only_a_warning(

@@ -1,0 +1,260 @@
+"""Corpora on real servers: a web server, and an S3 server where moto is installed (`slow`)."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from data.blend import SourceConfig
+from data.config import DataConfig, FilesData, MixtureData, read_alike
+from data.mirror import mirror_folder
+from data.position import Position
+from data.prepare import Prepared, prepare
+from data.retry import RetryConfig
+from data.rows import Rows
+from data.samples import open_samples
+from data.training_data import TrainingData
+from tests.data.web_server import WebServer, serve
+from tests.ranks import run_ranks
+
+HASTE = RetryConfig(attempts=2, wait_seconds=0.001)
+
+
+class Store(Protocol):
+    """Somewhere behind a URL."""
+
+    url: str
+
+    def put(self, name: str, content: bytes) -> None: ...
+
+    def leave(self) -> None: ...
+
+    def come_back(self) -> None: ...
+
+
+class Web:
+    def __init__(self, server: WebServer) -> None:
+        self.server, self.url = server, server.url
+
+    def put(self, name: str, content: bytes) -> None:
+        (self.server.folder / name).write_bytes(content)
+
+    def leave(self) -> None:
+        self.server.stop()
+
+    def come_back(self) -> None:
+        self.server.start(self.server.port)
+
+
+class S3:
+    url = "s3://bucket/corpora/small"
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        moto = pytest.importorskip("moto.server", reason="pip install 'thrifty[s3]'")
+        self._serve = moto.ThreadedMotoServer
+        self._server = self._serve(port=0, verbose=False)
+        self._server.start()
+        host, self._port = self._server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{self._port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "none")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        import boto3
+        import s3fs
+
+        s3fs.S3FileSystem.clear_instance_cache()  # those of another server
+        self._client = boto3.client("s3")
+        self._client.create_bucket(Bucket="bucket")
+
+    def put(self, name: str, content: bytes) -> None:
+        self._client.put_object(Bucket="bucket", Key=f"corpora/small/{name}", Body=content)
+
+    def leave(self) -> None:
+        self._server.stop()
+
+    def come_back(self) -> None:
+        self._server = self._serve(port=self._port, verbose=False)
+        self._server.start()
+
+
+@pytest.fixture(params=["http", pytest.param("s3", marks=pytest.mark.slow)])
+def store(
+    request: pytest.FixtureRequest,
+    prepared: Prepared,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Any]:
+    """The small corpus on a server of its own."""
+    monkeypatch.setenv("THRIFTY_CACHE", str(tmp_path / "cache"))
+    folder = shutil.copytree(prepared.folder, tmp_path / "served")
+    if request.param == "http":
+        with serve(folder) as server:
+            yield Web(server)
+        return
+    s3 = S3(monkeypatch)
+    for path in folder.iterdir():
+        s3.put(path.name, path.read_bytes())
+    yield s3
+    s3.leave()
+
+
+@pytest.fixture
+def web(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
+    """The same, where only the web server's ways matter."""
+    monkeypatch.setenv("THRIFTY_CACHE", str(tmp_path / "cache"))
+    with serve(shutil.copytree(prepared.folder, tmp_path / "served")) as server:
+        yield server
+
+
+def read_config(folder: str | Path, **fields: object) -> FilesData:
+    values: dict[str, object] = {"paths": ["not looked at"], "seq_len": 40, "retry": HASTE}
+    return FilesData(folder=str(folder), **values | fields)  # type: ignore[arg-type]
+
+
+def read(data: TrainingData, count: int = 60, first: int = 0) -> list[Rows]:
+    position = data.enter(Position())
+    if first:
+        position = data.draw(position, first).position
+    return data.read(data.draw(position, count).rows, 5)
+
+
+def is_same(one: list[Rows], other: list[Rows]) -> bool:
+    return all(
+        (a.tokens == b.tokens).all() and (a.targets == b.targets).all()
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def copies(config: DataConfig, pattern: str = "train-*.bin") -> list[Path]:
+    return sorted(mirror_folder(config.folder).glob(pattern))
+
+
+def sizes(prepared: Prepared) -> list[int]:
+    return [shard.bin.num_bytes for shard in prepared.manifest.train.shards]
+
+
+def test_a_corpus_behind_a_url_is_trained_on_and_held_out_as_a_local_one(
+    store: Store, prepared: Prepared
+) -> None:
+    bound = sum(sizes(prepared)) // 2
+    config, local = read_config(store.url, cache_bytes=bound), read_config(prepared.folder)
+    assert prepare(config).was_ready
+    assert is_same(read(TrainingData(config, seed=4)), read(TrainingData(local, seed=4)))
+    ours, theirs = open_samples(config), open_samples(local)
+    assert ours.num_samples == theirs.num_samples > 2
+    assert all((ours[k].tokens == theirs[k].tokens).all() for k in range(ours.num_samples))
+    assert 0 < sum(path.stat().st_size for path in copies(config)) <= bound
+
+
+def test_a_server_that_leaves_is_asked_again_then_named_and_read_on_from_once_it_is_back(
+    store: Store, prepared: Prepared, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = read_config(store.url, cache_bytes=0)
+    data = TrainingData(config, seed=4)
+    read(data, 20)
+    store.leave()
+    with pytest.raises(OSError, match=r"corpora/small/train-\d+\.bin|:\d+/train-\d+\.bin"):
+        read(data, 40, first=20)
+    assert "attempt 1 of 2" in caplog.text
+    store.come_back()
+    expected = read(TrainingData(read_config(prepared.folder), seed=4), 40, first=20)
+    assert is_same(read(data, 40, first=20), expected)
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_a_shard_that_is_replaced_by_another_of_its_size_is_refused_by_the_next_start(
+    store: Store, prepared: Prepared, is_kept: bool
+) -> None:
+    config = read_config(store.url, cache_bytes=2**30 * is_kept)
+    prepare(config)
+    if not is_kept:
+        read(TrainingData(config, seed=4))  # takes note of what is there
+    for shard in prepared.manifest.train.shards:
+        store.put(shard.bin.name, bytes(shard.bin.num_bytes))
+    wrong = "does not match its sha256" if is_kept else r"was replaced since it was first read"
+    with pytest.raises(OSError, match=rf"train-\d+\.bin {wrong}"):
+        read(TrainingData(config, seed=4))
+
+
+def test_a_run_starts_from_its_copies_while_the_server_is_away(
+    store: Store, prepared: Prepared, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = read_config(store.url)
+    expected = read(TrainingData(config, seed=4))
+    store.leave()
+    assert prepare(config).manifest == prepared.manifest
+    assert is_same(read(TrainingData(config, seed=4)), expected)
+    assert open_samples(config).num_samples > 2
+    assert f"its local copies in {mirror_folder(store.url)} are read instead" in caplog.text
+    copies(config)[0].unlink()
+    with pytest.raises(OSError, match=r"train-00000\.bin"):
+        read(TrainingData(config, seed=4))
+    store.come_back()
+
+
+def test_without_copies_a_server_that_is_away_is_named(store: Store) -> None:
+    store.leave()
+    with pytest.raises(OSError, match=r"manifest\.json"):
+        prepare(read_config(store.url))
+    store.come_back()
+
+
+def test_processes_of_a_node_copy_each_file_once(web: WebServer, prepared: Prepared) -> None:
+    def read_all() -> int:
+        config = read_config(web.url)
+        open_samples(config)
+        return len(read(TrainingData(config, seed=4)))
+
+    web.delay = 0.02  # long enough for the others to come and ask for the same
+    assert run_ranks(3, read_all) == [12] * 3
+    copied = {path.name: path.stat().st_size for path in copies(read_config(web.url), "*.*")}
+    for name in (*(shard.bin.name for shard in prepared.manifest.train.shards), "tokenizer.model"):
+        assert web.sent[name] == copied[name] == (prepared.folder / name).stat().st_size
+
+
+def test_a_server_that_does_not_answer_is_given_up(web: WebServer) -> None:
+    patience = RetryConfig(attempts=2, wait_seconds=0.001, timeout_seconds=0.1)
+    web.delay = 0.5
+    with pytest.raises(OSError, match=r"manifest\.json has not answered within 0\.1 s"):
+        prepare(read_config(web.url, retry=patience))
+
+
+def test_an_answer_that_breaks_off_is_no_copy(web: WebServer, prepared: Prepared) -> None:
+    config = read_config(web.url)
+    prepare(config)
+    web.cuts_after = 100
+    with pytest.raises(OSError, match=r"train-\d+\.bin"):
+        read(TrainingData(config, seed=4))
+    assert copies(config) == []
+    web.cuts_after = None
+    expected = read(TrainingData(read_config(prepared.folder), seed=4))
+    assert is_same(read(TrainingData(config, seed=4)), expected)
+
+
+def test_a_server_without_ranges_is_read_where_all_is_copied_and_else_refused(
+    web: WebServer, prepared: Prepared
+) -> None:
+    web.has_ranges = False
+    config = read_config(web.url, cache_bytes=0)
+    with pytest.raises(OSError, match=r"sends the whole file .* raise data\.cache_bytes"):
+        read(TrainingData(config, seed=4))
+    expected = read(TrainingData(read_config(prepared.folder), seed=4))
+    assert is_same(read(TrainingData(read_config(web.url), seed=4)), expected)
+
+
+def test_a_url_without_a_corpus_says_how_one_gets_there(web: WebServer) -> None:
+    with pytest.raises(ValueError, match=r"/nothing holds no finished corpus .* copy all of that"):
+        prepare(read_config(f"{web.url}/nothing"))
+
+
+def test_an_unknown_scheme_is_named() -> None:
+    with pytest.raises(ValueError, match=r"nosuch://b/c can't be read: .*nosuch"):
+        prepare(read_config("nosuch://b/c"))
+
+
+def test_another_corpus_is_read_alike_without_the_mixtures_sources(web: WebServer) -> None:
+    sources = [SourceConfig(name="gone", folder="http://127.0.0.1:9/none", weight=1)]
+    mixture = MixtureData(folder="mixture", sources=sources, seq_len=40, retry=HASTE)
+    assert open_samples(read_alike(mixture, web.url)).num_samples > 2
