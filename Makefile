@@ -61,5 +61,5 @@ docs: $(INSTALLED) ## docs/configs.md from the code, then the pages into site/
 bench: $(INSTALLED) ## measure against peers, on the device that is there
 	$(PYTHON) -m bench
 
-gpu-check: $(INSTALLED) ## the GPU tests and the benchmarks on one CUDA device, into gpu-check.md
+gpu-check: $(INSTALLED) ## the GPU tests and benchmarks on one CUDA device, in 9 minutes, into gpu-check.md
 	$(PYTHON) -m bench.gpu_check

@@ -6,13 +6,8 @@ from pathlib import Path
 
 # What runs, times or draws measurements is none itself.
 RUNNERS = {
-    "__main__",
-    "gpu_check",
-    "grow_plot",
-    "precision_plot",
-    "profile_plot",
-    "sweep_plot",
-    "timing",
+    *("__main__", "gpu_check", "one_process", "rows", "timing"),
+    *("grow_plot", "precision_plot", "profile_plot", "sweep_plot"),
 }
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bench.rows import Row, note
 from bench.timing import median_seconds, prepare
 from model.backends import choose_fp8
 from model.fp8 import Scale, quantise_blocks, quantise_tiles
@@ -68,8 +69,13 @@ def time_quantisation(shape: Shape, device: torch.device) -> None:
     }
     for name, bytes_per_second in rates.items():
         share = bytes_per_second / rates["copy"]
-        print(
-            f"{shape.name}: {name:>16}: {bytes_per_second / 1e9:8.1f} GB/s, {share:.0%} of a copy"
+        note(
+            Row(
+                f"quantisation, {shape.name}: {name}",
+                f"{bytes_per_second / 1e9:.1f} GB/s",
+                f"a copy: {rates['copy'] / 1e9:.1f} GB/s",
+                f"{share:.0%} of a copy",
+            )
         )
 
 
@@ -90,10 +96,14 @@ def time_experts(shape: Shape, device: torch.device, rate: float) -> None:
     medians = median_seconds(passes, rounds=ROUNDS)
     flops = 3 * 2 * 3 * rows * dim * inner_dim
     for name, duration in medians.items():
-        print(
-            f"{shape.name}: experts in {name:>4}: {duration * 1e3:8.2f} ms, "
-            f"{flops / duration / 1e9:8.1f} GFLOP/s, {flops / duration / rate:.0%} of the BF16 "
-            f"matrix rate, {medians['BF16'] / duration:.2f} times BF16"
+        note(
+            Row(
+                f"routed experts forward and backward, {shape.name}: {name}",
+                f"{duration * 1e3:.2f} ms, {flops / duration / 1e9:.1f} GFLOP/s, "
+                f"{flops / duration / rate:.0%} of the BF16 matrix rate",
+                f"BF16: {medians['BF16'] * 1e3:.2f} ms",
+                f"{medians['BF16'] / duration:.2f} times BF16",
+            )
         )
 
 
