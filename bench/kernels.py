@@ -2,8 +2,9 @@
 
 At DeepSeek-V3's widths on a GPU, with bytes per second and their share of what a copy moves; what
 a kernel reads and writes at least is counted, so that a plain form that passes over memory several
-times shows a small share. Grouped products: FLOP/s, beside torch's grouped_mm and a loop. On the
-CPU, which has no kernels, only the plain forms, at small widths that caches hold.
+times shows a small share. Products in BF16 and FP8, and attention in documents: FLOP/s by each
+implementation that is there. On the CPU, which has no kernels, only the plain forms of what is
+fused, at small widths that caches hold.
 """
 
 from collections.abc import Callable
@@ -13,16 +14,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.timing import median_seconds, prepare
+from bench.timing import median_seconds, prepare, seconds
+from model.attention import attend
 from model.backends import KernelsConfig, Wanted, choose_all, choose_rope, describe, set_kernels
 from model.dispatch import combine, permute
+from model.fp8_linear import linear_in_fp8
+from model.fp8_swiglu import grouped_swiglu_in_fp8
 from model.grouped import grouped_swiglu
 from model.norm import RMSNorm
 from model.rope import Rotation, join_turned, turn_tail
 from model.router import RouterConfig, route
 from train.hardware import measure_matrix_rate
 
-ROUNDS = 11
+ROUNDS, REPEATS = 7, 5
 
 
 class Shape(NamedTuple):
@@ -61,7 +65,9 @@ def main() -> None:
     for case in cases(shape, device, dtype):
         time_case(case, bandwidth, has_kernels=has_kernels)
     if device.type == "cuda":
-        time_experts(shape, device, has_kernels=has_kernels)
+        rate = measure_matrix_rate(device, torch.bfloat16, size=8192)
+        for work in products(shape, device):
+            time_work(work, rate)
 
 
 def measure_copy(device: torch.device) -> float:
@@ -128,10 +134,10 @@ def time_case(case: Case, bandwidth: float, *, has_kernels: bool) -> None:
     upstream = torch.randn_like(case.run(*case.inputs))
     ways = [Wanted.reference, Wanted.triton] if has_kernels else [Wanted.reference]
     passes = {
-        str(way): partial(_pass, KernelsConfig(**{case.key: way}), case.run, case.inputs, upstream)
+        str(way): Pass(KernelsConfig(**{case.key: way}), case.run, case.inputs, upstream)
         for way in ways
     }
-    for name, duration in median_seconds(passes, rounds=ROUNDS).items():
+    for name, duration in median_seconds(passes, rounds=ROUNDS, clock=seconds_on_kernels).items():
         rate = case.moved / duration
         print(
             f"{case.name:>16} {name:>10}: {duration * 1e3:8.3f} ms, {rate / 1e9:8.1f} GB/s, "
@@ -140,42 +146,95 @@ def time_case(case: Case, bandwidth: float, *, has_kernels: bool) -> None:
     set_kernels(KernelsConfig())
 
 
-def time_experts(shape: Shape, device: torch.device, *, has_kernels: bool) -> None:
-    """The routed experts in BF16, with as many rows for each and with uneven ones."""
-    total = measure_matrix_rate(device, torch.bfloat16, size=8192)
+class Work(NamedTuple):
+    name: str
+    key: str  # of the config's section `kernels`
+    ways: tuple[Wanted, ...]
+    run: Callable[..., Tensor]
+    inputs: list[Tensor]
+    flops: int  # forward and backward
+
+
+def products(shape: Shape, device: torch.device) -> list[Work]:
+    """What multiplies matrices: routed experts, one matrix, attention; all with BF16 inputs."""
+
+    def randn(*sizes: int) -> Tensor:
+        x = torch.randn(*sizes, device=device, dtype=torch.bfloat16)
+        return x.div_(sizes[-1] ** 0.5).requires_grad_()
+
     num_rows, local, dim, inner = shape.tokens * 4, shape.local, shape.dim, shape.inner_dim
-    sizes = [(num_rows, dim), *[(local, inner, dim)] * 2, (local, dim, inner)]
-    inputs = [
-        torch.randn(one, device=device, dtype=torch.bfloat16).div_(dim**0.5).requires_grad_()
-        for one in sizes
-    ]
+    experts = [randn(num_rows, dim), *(randn(local, inner, dim) for _ in range(2))]
+    experts.append(randn(local, dim, inner))
     natural = torch.multinomial(torch.rand(local), num_rows, replacement=True)
     routings = {
         "balanced": [num_rows // local] * local,
         "natural": natural.bincount(minlength=local).tolist(),
     }
-    upstream = torch.randn_like(inputs[0])
-    ways = [Wanted.reference, Wanted.torch] + [Wanted.triton] * has_kernels
-    for routing, counts in routings.items():
-        run = partial(grouped_swiglu, counts=counts)
-        passes = {
-            str(way): partial(_pass, KernelsConfig(experts=way), run, inputs, upstream)
-            for way in ways
-        }
-        for name, duration in median_seconds(passes, rounds=ROUNDS).items():
-            rate = 18 * num_rows * dim * inner / duration  # three products, and twice that back
-            print(
-                f"experts, {routing:>8} {name:>10}: {duration * 1e3:8.2f} ms, "
-                f"{rate / 1e12:.1f} TFLOP/s, {rate / total:.0%} of the BF16 matrix rate"
-            )
+    in_bf16 = (Wanted.reference, Wanted.torch, Wanted.triton)
+    in_fp8 = (Wanted.triton, Wanted.torch, Wanted.deep_gemm)
+    flops = 18 * num_rows * dim * inner  # three products, and twice that back
+    work = [
+        Work(f"experts, {name}, {kind}", key, ways, partial(run, counts=counts), experts, flops)
+        for name, counts in routings.items()
+        for kind, key, ways, run in (
+            ("BF16", "experts", in_bf16, grouped_swiglu),
+            ("FP8", "fp8", in_fp8, grouped_swiglu_in_fp8),
+        )
+    ]
+    matrix = [randn(shape.tokens, dim), randn(inner, dim)]
+    flops = 6 * shape.tokens * dim * inner
+    work.append(Work("one matrix, FP8", "fp8", in_fp8, linear_in_fp8, matrix, flops))
+
+    width, segments = shape.plain + shape.turned, [shape.tokens // 4] * 4
+    heads = [randn(1, shape.tokens, shape.heads, one) for one in (width, width, shape.plain)]
+    seen = sum(length * (length + 1) // 2 for length in segments)
+    flops = 7 * seen * shape.heads * (width + shape.plain)  # 2 forward, 5 back
+    run = partial(attend, scale=width**-0.5, segments=segments)
+    ways = (Wanted.torch, Wanted.fa3, Wanted.fa4)
+    return [*work, Work("attention", "attention", ways, run, heads, flops)]
+
+
+def time_work(work: Work, rate: float) -> None:
+    """Each implementation that this device and what is installed allow."""
+    device, dtype = work.inputs[0].device, work.inputs[0].dtype
+    passes = {}
+    for way in work.ways:
+        try:
+            set_kernels(KernelsConfig(**{work.key: way}))
+            choose_all(device, dtype, is_fp8=work.key == "fp8", has_experts=True)
+        except ValueError as error:
+            print(f"{work.name:>23} {way:>10}: {error}")
+            continue
+        upstream = torch.randn_like(work.run(*work.inputs))
+        kernels = KernelsConfig(**{work.key: way})
+        passes[str(way)] = Pass(kernels, work.run, work.inputs, upstream)
+    for name, duration in median_seconds(passes, rounds=ROUNDS, clock=seconds_on_kernels).items():
+        print(
+            f"{work.name:>23} {name:>10}: {duration * 1e3:8.2f} ms, "
+            f"{work.flops / duration / 1e12:6.1f} TFLOP/s, "
+            f"{work.flops / duration / rate:.0%} of the BF16 matrix rate"
+        )
     set_kernels(KernelsConfig())
 
 
-def _pass(
-    kernels: KernelsConfig, run: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor
-) -> None:
-    set_kernels(kernels)
-    torch.autograd.grad(run(*inputs), inputs, upstream)
+class Pass(NamedTuple):
+    """Forward and backward on certain kernels."""
+
+    kernels: KernelsConfig
+    run: Callable[..., Tensor]
+    inputs: list[Tensor]
+    upstream: Tensor
+
+    def __call__(self) -> None:
+        torch.autograd.grad(self.run(*self.inputs), self.inputs, self.upstream)
+
+
+def seconds_on_kernels(one: Pass) -> float:
+    """Of one pass among several in a row, which the device need not wait for; the choice of
+    kernels is made before."""
+    set_kernels(one.kernels)
+    one()
+    return seconds(lambda: [one() for _ in range(REPEATS)]) / REPEATS
 
 
 if __name__ == "__main__":

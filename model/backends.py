@@ -219,12 +219,12 @@ def choose_experts(
 @cache
 def choose_norm(device: torch.device) -> Choice:
     """RMSNorm. torch's is fused both ways on CUDA, so ours must be asked for."""
+    missing = _missing(device)
+    why = "torch's rms_norm is fused; python -m bench.kernels"
     if device.type != "cuda":
-        why = f"few passes over memory; no kernels for {device.type}"
-        return _pick(Choice("norm", Backend.reference, why))
-    kernels = [Choice("norm", Backend.triton, "")] if _missing(device) is None else []
-    torchs = Choice("norm", Backend.reference, "torch's rms_norm is fused; python -m bench.kernels")
-    return _pick(torchs, *kernels)
+        why = f"few passes over memory; {missing}"
+    kernels = [Choice("norm", Backend.triton, "")] if missing is None else []
+    return _pick(Choice("norm", Backend.reference, why), *kernels)
 
 
 @cache

@@ -102,11 +102,10 @@ class MLA(nn.Module):
         no key or value of a past token is ever rebuilt. `hidden_keys` marks padding in the cache.
         """
         q_down, kv_down = self._project_down(x)
-        query = turn_tail(self._queries(q_down), rotation)
+        query, (latent, k_rope) = self._queries(q_down), self._latents(kv_down)
         q_nope, q_rope = query.split((self.nope_head_dim, self.rope_head_dim), dim=-1)
-        latent, k_rope = self._latents(kv_down)
-        k_rope = rotate_pairs(k_rope, rotation)[:, :, 0]
-        latents, k_ropes = cache.extend(latent, k_rope)  # [B, T, C], [B, T, R]
+        q_rope, k_rope = (rotate_pairs(part, rotation) for part in (q_rope, k_rope))
+        latents, k_ropes = cache.extend(latent, k_rope[:, :, 0])  # [B, T, C], [B, T, R]
         up = self.kv_up.weight.unflatten(0, (self.num_heads, -1))
         key_up, value_up = up.split((self.nope_head_dim, self.v_head_dim), dim=1)
 

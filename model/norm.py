@@ -20,14 +20,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        if x.device.type == "cpu" and x.dtype == torch.float32:
-            # torch has a fused kernel on GPUs only; here its gradient takes twice as long.
-            normed: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
-            return normed
         if choose_norm(x.device).backend is Backend.triton:
             from model.kernels.norm import rms_norm
 
             return rms_norm(x, self.weight, self.eps)
+        if x.device.type == "cpu" and x.dtype == torch.float32:
+            # torch has a fused kernel on GPUs only; here its gradient takes twice as long.
+            normed: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
+            return normed
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 

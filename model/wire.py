@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from model.fp8 import E4M3, TILE, Quantised, Scale, dequantise_tiles, quantise_tiles
+from model.fp8 import E4M3, TILE, Quantised, Scale, dequantise_tiles
+from model.fp8_operations import operations_on
 
 
 def message_bytes(dim: int) -> int:
@@ -17,7 +18,7 @@ def message_bytes(dim: int) -> int:
 
 def encode(rows: Float[Tensor, "N D"]) -> UInt8[Tensor, "N B"]:
     """The rows' E4M3 values, and behind them the exponents of their tiles' scales."""
-    tiles = quantise_tiles(rows, Scale.power_of_two)
+    tiles = operations_on(rows.device).quantise_tiles(rows, Scale.power_of_two)
     exponents = (tiles.scales.view(torch.int32) >> 23).to(torch.uint8)  # NaN: 255, as infinity
     return torch.cat((tiles.values.view(torch.uint8), exponents), dim=1)
 

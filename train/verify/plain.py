@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from data.batches import Batch, collate
 from data.samples import IGNORED, Sample
+from model.backends import set_kernels
 from model.config import ModelConfig
 from model.init import initialise
 from model.mtp import shift_targets
@@ -50,6 +51,7 @@ def observe_plainly(
     small ones, which changes nothing but roundings. In BF16 the model is a rounded copy, while
     masters and accumulated gradients are fp32.
     """
+    set_kernels(config.kernels)
     masters = Transformer(config.model)
     initialise(masters, seed=config.seed, std=config.model.init_std)
     buffers = [(name, buffer) for name, buffer in masters.named_buffers()]
