@@ -10,6 +10,10 @@ targets, positions, masks, tensors. Peers:
   later, as in nanoGPT's loader.
 - `datasets` streaming of parquet, as it comes (lists) and in numpy format: document by document,
   without packing.
+- `datasets` streaming, packed, which is the same job in the field's usual way (transformers'
+  run_clm.py, streamed): shuffled in a buffer, documents joined and cut into rows by a batched
+  `map`, inputs and labels by a DataLoader, collated as transformers does, or in torch format, which
+  makes a tensor of each token. Documents see each other there, and no position is made.
 - mosaicml-streaming of MDS, where it can be imported: shuffled, document by document, without
   packing. (It pins other versions than ours: `pip install --target DIR --no-deps` it and what it
   misses, and put DIR on PYTHONPATH.)
@@ -20,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
@@ -27,6 +32,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import torch
+from torch.utils.data import DataLoader
 
 from bench.timing import cpu_seconds
 from data.atomic_file import write_json
@@ -50,6 +57,7 @@ from data.training_data import TrainingData
 
 TOKENS, MEAN_LENGTH, VOCAB_SIZE = 30_000_000, 1000, 32_000
 SEQ_LEN, MICRO_BATCH, GLOBAL_BATCH = 4096, 4, 32
+SHUFFLE_BUFFER = 1000  # documents; the larger, the longer the first batch takes, not the others
 ROUNDS, BATCHES_PER_ROUND = 9, 64
 OURS, MEMMAP = "ours", "memmap, same bytes"
 
@@ -159,12 +167,14 @@ def read_contiguous(folder: Path) -> Callable[[], int]:
     return read
 
 
-def read_documents(documents: Iterator[np.ndarray]) -> Callable[[], int]:
-    """Takes so many documents that they would fill a round's rows, or a tenth: they are slow."""
+def read_documents(
+    documents: Iterator[np.ndarray] | Iterator[torch.Tensor], share: int = 10
+) -> Callable[[], int]:
+    """Takes so many documents that they would fill a part of a round's rows: they are slow."""
 
     def read() -> int:
         num_tokens = 0
-        while num_tokens < GLOBAL_BATCH * BATCHES_PER_ROUND * SEQ_LEN // 10:
+        while num_tokens < GLOBAL_BATCH * BATCHES_PER_ROUND * SEQ_LEN // share:
             num_tokens += len(next(documents))
         return num_tokens
 
@@ -179,6 +189,34 @@ def stream_datasets(folder: Path, documents: Documents, form: str | None) -> Ite
         stream = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
         for example in stream.with_format(form):
             yield example["tokens"]
+
+
+def pack_rows(examples: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+    """Documents joined and cut into rows; targets are the row itself, the model shifts them."""
+    joined = list(chain.from_iterable(examples["tokens"]))
+    last = len(joined) - len(joined) % SEQ_LEN
+    rows = [joined[start : start + SEQ_LEN] for start in range(0, last, SEQ_LEN)]
+    return {"input_ids": rows, "labels": [row.copy() for row in rows]}
+
+
+def stream_packed(folder: Path, documents: Documents, form: str | None) -> Iterator[torch.Tensor]:
+    """Inputs of batches; what remains of each thousand documents is left out, as there."""
+    table = pa.table({"tokens": pa.array(documents, pa.list_(pa.uint16()))})
+    pa.parquet.write_table(table, folder / f"packed-{form}.parquet")
+    files = str(folder / f"packed-{form}.parquet")
+    while True:
+        stream = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+        stream = stream.shuffle(seed=0, buffer_size=SHUFFLE_BUFFER)
+        stream = stream.map(pack_rows, batched=True, remove_columns=["tokens"]).with_format(form)
+        collate_rows = None if form else collate_lists
+        for batch in DataLoader(stream, batch_size=MICRO_BATCH, collate_fn=collate_rows):
+            assert batch["labels"].shape == batch["input_ids"].shape
+            yield batch["input_ids"].flatten()
+
+
+def collate_lists(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """As transformers' default_data_collator does."""
+    return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
 
 
 def stream_mosaic(folder: Path, documents: Documents) -> Iterator[np.ndarray]:
@@ -211,6 +249,10 @@ def main() -> None:
             "ours, best fit": read_ours(folder, Packing.best_fit),
             "ours, one of 64 ranks": read_ours(folder, Packing.concatenate, world=64),
             "datasets": read_documents(stream_datasets(folder, documents, None)),
+            "datasets, packed": read_documents(stream_packed(folder, documents, None)),
+            "datasets, packed, torch format": read_documents(
+                stream_packed(folder, documents, "torch"), share=100
+            ),
             "datasets, numpy format": read_documents(stream_datasets(folder, documents, "numpy")),
         }
         stream = stream_mosaic(folder, documents)
@@ -232,7 +274,7 @@ def main() -> None:
                 for peer in (MEMMAP, OURS)
             )
             print(
-                f"{name:>28}: {1e-6 / statistics.median(own):8.1f} M tokens/s per core, cost "
+                f"{name:>30}: {1e-6 / statistics.median(own):8.1f} M tokens/s per core, cost "
                 f"{to_memmap:6.2f} of the memmap's, {to_ours:6.2f} of ours",
                 flush=True,
             )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from data.config import DataConfig, FilesData, HubData, StdlibData, TokenizedData
 from data.datatrove_index import SUFFIX as DATATROVE
+from data.datatrove_index import mask_path
 from data.document import Document
 from data.file_readers import Example, Fields, read_files, read_python_source
 from data.shards import bin_path, idx_path
@@ -33,7 +34,9 @@ def find_sources(config: DataConfig) -> list[Path]:
         case TokenizedData():
             prefixes = find_token_files(config.paths, key="data.paths")
             prefixes += find_token_files(config.validation_paths, key="data.validation_paths")
-            return sorted(path(prefix) for prefix in prefixes for path in (bin_path, idx_path))
+            files = {path(prefix) for prefix in prefixes for path in (bin_path, idx_path)}
+            masks = map(mask_path, files)
+            return sorted(files | {mask for mask in masks if mask.is_file()})
         case HubData() if Path(config.name).is_dir():
             return sorted(path for path in Path(config.name).rglob("*") if path.is_file())
         case _:

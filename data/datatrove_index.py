@@ -1,7 +1,8 @@
 """Where documents lie in datatrove's token files: `NAME.ds` holds the tokens, `NAME.ds.index` ends.
 
 Both are little-endian without a header (datatrove/pipeline/tokens/tokenizer.py): tokens u16 or u32,
-and for each document the place after its last token, u64[D].
+and for each document the place after its last token, u64[D]. `NAME.ds.loss`, if there is one, holds
+a byte per token: 0 where no loss is taken on predicting it.
 """
 
 from pathlib import Path
@@ -14,19 +15,20 @@ SUFFIX = ".ds"
 DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 
 
+def mask_path(tokens_path: Path) -> Path:
+    """The file that says where no loss is taken; most corpora have none."""
+    return tokens_path.with_name(tokens_path.name + ".loss")
+
+
 class DatatroveIndex:
     """The documents of one `.ds` file; the type of its tokens follows from its size.
 
     Raises:
-        ValueError: The index does not fit the tokens, or a loss mask lies beside them.
+        ValueError: The index does not fit the tokens.
     """
 
     def __init__(self, tokens_path: Path, index_path: Path) -> None:
-        if (mask := tokens_path.with_name(tokens_path.name + ".loss")).exists():
-            raise ValueError(
-                f"{mask} says which tokens no loss is taken on, which is not read; take it away to "
-                "learn all tokens, or tokenize anew with data.prompt_template"
-            )
+        self._mask = mask_path(tokens_path)
         size = index_path.stat().st_size
         self.ends: npt.NDArray[np.uint64] = np.zeros(0, "<u8")
         if size >= 8:
@@ -52,5 +54,35 @@ class DatatroveIndex:
         return np.concatenate([np.zeros(1, np.int64), self.ends.astype(np.int64)])
 
     def prompt_lengths(self) -> npt.NDArray[np.int32]:
-        """No document has a prompt, [num_documents]."""
-        return np.zeros(self.num_documents, np.int32)
+        """Tokens from each document's first on that no loss is taken on, [num_documents]; 0
+        without a mask. With one, nothing is learnt on any first token: there is no telling whether
+        it is a bos.
+
+        Raises:
+            ValueError: The mask does not fit the tokens, or hides others than a document's first.
+        """
+        prompts = np.zeros(self.num_documents, np.int32)
+        if not self._mask.is_file():
+            return prompts
+        size = self._mask.stat().st_size
+        if size != self.num_tokens:
+            raise ValueError(
+                f"{self._mask} holds {size} bytes, {self.num_tokens} tokens are listed: it is cut "
+                "short, or another file's"
+            )
+        hidden = np.flatnonzero(np.fromfile(self._mask, np.uint8) == 0)
+        starts = self.all_starts()
+        documents = np.searchsorted(starts, hidden, side="right") - 1
+        np.maximum.at(prompts, documents, (hidden - starts[documents] + 1).astype(np.int32))
+        counts = np.bincount(documents, minlength=self.num_documents)
+        # The first token may be a bos that the tokenizer put before what is hidden.
+        has_bos = np.ones(self.num_documents, np.bool_)
+        has_bos[documents[hidden == starts[documents]]] = False
+        amid = np.flatnonzero((prompts > 0) & (counts + has_bos < prompts))
+        if len(amid):
+            raise ValueError(
+                f"{self._mask} takes no loss on tokens in the midst of document {amid[0]}; only "
+                "prompts, from a document's first token on, can be left out: take the mask away to "
+                "learn all tokens, or tokenize anew"
+            )
+        return np.maximum(prompts, np.diff(starts) > 0).astype(np.int32)

@@ -83,10 +83,11 @@ class SplitRecord:
     shards: list[ShardRecord]
 
     def count_predicted(self, *, are_documents_masked: bool) -> int:
-        """Tokens that are a target: no prompt's, and no bos where documents can't see each
-        other. Prompts begin with bos."""
-        hidden = (s.prompt_tokens or s.documents * are_documents_masked for s in self.shards)
-        return self.tokens - sum(hidden)
+        """Tokens that are a target: no prompt's, and no document's first where documents can't
+        see each other. That first token belongs to the prompt where there are prompts."""
+        hidden = (max(shard.prompt_tokens, shard.documents) for shard in self.shards)
+        seen = 0 if are_documents_masked else sum(shard.documents for shard in self.shards)
+        return self.tokens - sum(hidden) + seen
 
     @property
     def fingerprint(self) -> str:

@@ -9,11 +9,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from data import origin
 from data.atomic_file import hash_file, write_aside
 from data.config import TokenizedData, Verify
 from data.corpus import find_token_files
+from data.datatrove_index import SUFFIX as DATATROVE
+from data.datatrove_index import mask_path
 from data.documents import write_index
 from data.manifest import (
     FileRecord,
@@ -74,27 +77,35 @@ def _describe(
     folder: Path, split: Split, prefixes: list[Path], tokenizer: Tokenizer
 ) -> SplitRecord:
     unigram, index = folder / f"unigram-{split}.npy", folder / f"documents-{split}.i64"
+    prompts = folder / f"prompts-{split}.i32"
     counts = count_tokens(prefixes, vocab_size=tokenizer.size)
     with write_aside(unigram) as file:
         np.save(file, counts)
-    write_index(dict.fromkeys(prefixes, False), index, None)
     shards = [_record(prefix, split, tokenizer) for prefix in prefixes]
+    prompt_tokens = sum(shard.prompt_tokens for shard in shards)
+    write_index(
+        {prefix: _has_mask(prefix) for prefix in prefixes},
+        index,
+        prompts if prompt_tokens else None,
+    )
     return SplitRecord(
         documents=index.stat().st_size // 8 - 1,
         tokens=sum(shard.tokens for shard in shards),
-        prompt_tokens=0,
+        prompt_tokens=prompt_tokens,
         text_bytes=sum(shard.text_bytes for shard in shards),
         unigram=record_file(unigram),
         index=record_file(index),
-        prompts=None,
+        prompts=record_file(prompts) if prompt_tokens else None,
         shards=shards,
     )
 
 
 def _record(prefix: Path, split: Split, tokenizer: Tokenizer) -> ShardRecord:
     shard = Shard(prefix)
+    # Megatron's documents of several sequences are no prompts; datatrove says what is one.
+    prompts = shard.prompt_lengths() * _has_mask(prefix)
     # What a model is judged by is text, so only what is held out must be decoded.
-    text_bytes = _count_text_bytes(shard, tokenizer) if split is Split.validation else 0
+    text_bytes = _count_text_bytes(shard, prompts, tokenizer) if split is Split.validation else 0
     files = [
         FileRecord(str(path), path.stat().st_size, hash_file(path))
         for path in (bin_path(prefix), idx_path(prefix))
@@ -103,17 +114,22 @@ def _record(prefix: Path, split: Split, tokenizer: Tokenizer) -> ShardRecord:
         name=str(prefix),
         documents=shard.num_documents,
         tokens=len(shard.tokens),
-        prompt_tokens=0,
+        prompt_tokens=int(prompts.sum()),
         text_bytes=text_bytes,
         bin=files[0],
         idx=files[1],
     )
 
 
-def _count_text_bytes(shard: Shard, tokenizer: Tokenizer) -> int:
+def _has_mask(prefix: Path) -> bool:
+    return prefix.suffix == DATATROVE and mask_path(prefix).is_file()
+
+
+def _count_text_bytes(shard: Shard, prompts: npt.NDArray[np.int32], tokenizer: Tokenizer) -> int:
+    borders = pairwise(shard.all_starts().tolist())
     return sum(
-        len(tokenizer.decode(shard.tokens[start:stop].tolist()).encode(errors="replace"))
-        for start, stop in pairwise(shard.all_starts().tolist())
+        len(tokenizer.decode(shard.tokens[start + prompt : stop].tolist()).encode(errors="replace"))
+        for (start, stop), prompt in zip(borders, prompts.tolist(), strict=True)
     )
 
 

@@ -16,6 +16,7 @@ from data.documents import MappedIndex
 from data.manifest import Split
 from data.position import Position
 from data.prepare import Prepared, prepare
+from data.samples import open_samples
 from data.shards import Shard
 from data.token_stream import TokenStream
 from data.tokenizer import TokenizerConfig, load_tokenizer
@@ -30,11 +31,23 @@ def write_megatron(folder: Path, name: str, documents: list[list[int]], size: in
     file.close()
 
 
-def write_datatrove(folder: Path, name: str, documents: list[list[int]], size: int = 2) -> None:
-    """By datatrove's writer of its own format."""
-    file = TokenizedFile(str(folder), f"{name}.ds", token_size=size, save_final_metadata=True)
-    for ids in documents:
-        file.write(ids, None)
+def write_datatrove(
+    folder: Path,
+    name: str,
+    documents: list[list[int]],
+    size: int = 2,
+    masks: list[str] | None = None,
+) -> None:
+    """By datatrove's writer of its own format; with a mask for each document, 0 for no loss."""
+    file = TokenizedFile(
+        str(folder),
+        f"{name}.ds",
+        token_size=size,
+        save_final_metadata=True,
+        save_loss_metadata=masks is not None,
+    )
+    for ids, mask in zip(documents, masks or [None] * len(documents), strict=True):
+        file.write(ids, None if mask is None else np.array(list(map(int, mask))))
     file.close()
 
 
@@ -107,6 +120,38 @@ def test_documents_of_several_sentences_are_whole(
     assert (spans.starts.tolist(), spans.lengths.tolist()) == ([0, 6], [6, 2])
 
 
+def test_no_loss_is_taken_where_datatroves_mask_says_so(
+    prepared: Prepared, config: TokenizedData, tmp_path: Path
+) -> None:
+    documents = [list(range(10 * n + 10, 10 * n + 20)) for n in range(6)]
+    masks = ["0001111111", "1111111111", "1000111111", "0000000000", "0111111111", "1111111111"]
+    write_datatrove(tmp_path, "train", documents, masks=masks)
+    write_datatrove(tmp_path, "held_out", documents, masks=masks)
+    manifest = prepare(config).manifest
+    is_learnt = {
+        token: int(flag) and token != ids[0]  # with a mask, no first token is
+        for ids, mask in zip(documents, masks, strict=True)
+        for token, flag in zip(ids, mask, strict=True)
+    }
+    learnt = {token for token, flag in is_learnt.items() if flag}
+    data = TrainingData(config, seed=0)
+    drawn = data.draw(Position(), 2)
+    assert drawn.position.sources["corpus"].document == 6  # an epoch
+    (rows,) = data.read(drawn.rows, batch_size=2)
+    assert sorted(rows.targets[rows.targets >= 0].tolist()) == sorted(learnt)
+    targets = open_samples(config)[0].targets
+    assert set(targets[targets >= 0].tolist()) == learnt & set(range(10, 10 + 33))
+    split = manifest.validation
+    assert split.count_predicted(are_documents_masked=True) == len(learnt)
+    assert split.count_predicted(are_documents_masked=False) == len(learnt) + len(documents)
+    tokenizer = load_tokenizer(prepared.folder / "tokenizer.model")
+    told = [ids[max(mask.rfind("0") + 1, 1) :] for ids, mask in zip(documents, masks, strict=True)]
+    assert split.text_bytes == sum(len(tokenizer.decode(ids).encode()) for ids in told)
+    (tmp_path / "train.ds.loss").write_bytes(b"\1" * 60)
+    with pytest.raises(ValueError, match=r"train\.ds\.loss has changed"):
+        prepare(config)
+
+
 def test_a_changed_file_is_refused(
     prepared: Prepared, config: TokenizedData, tmp_path: Path
 ) -> None:
@@ -131,7 +176,13 @@ def test_a_changed_file_is_refused(
         ),
         (
             lambda folder: (folder / "held_out.ds.loss").write_bytes(b"\1"),
-            r"held_out\.ds\.loss says which tokens no loss is taken on, which is not read",
+            r"held_out\.ds\.loss holds 1 bytes, \d+ tokens are listed: it is cut short",
+        ),
+        (
+            lambda folder: write_datatrove(
+                folder, "held_out", [[5] * 4] * 3, masks=["0111", "1011", "1101"]
+            ),
+            r"held_out\.ds\.loss takes no loss on tokens in the midst of document 2; only prompts",
         ),
         (
             lambda folder: write_megatron(folder, "train", [[1, 60_000]]),
