@@ -163,7 +163,8 @@ def main() -> None:
     is_plain = options.parse_args().plain
     if is_plain:
         names = [field.name for field in fields(KernelsConfig)]
-        wanted = dict.fromkeys(names, Wanted.reference) | {"experts": Wanted.auto}
+        kept = dict.fromkeys(("experts", "attention"), Wanted.auto)
+        wanted = dict.fromkeys(names, Wanted.reference) | kept
         set_kernels(KernelsConfig(**wanted))
     device = prepare()
     sizes = sizes_for(device)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bench.rows import Row, note
 from bench.timing import median_seconds, prepare, seconds
 from model.attention import attend
 from model.backends import KernelsConfig, Wanted, choose_all, choose_rope, describe, set_kernels
@@ -137,12 +138,19 @@ def time_case(case: Case, bandwidth: float, *, has_kernels: bool) -> None:
         str(way): Pass(KernelsConfig(**{case.key: way}), case.run, case.inputs, upstream)
         for way in ways
     }
-    for name, duration in median_seconds(passes, rounds=ROUNDS, clock=seconds_on_kernels).items():
-        rate = case.moved / duration
-        print(
-            f"{case.name:>16} {name:>10}: {duration * 1e3:8.3f} ms, {rate / 1e9:8.1f} GB/s, "
-            f"{rate / bandwidth:.0%} of a copy"
-        )
+    medians = median_seconds(passes, rounds=ROUNDS, clock=seconds_on_kernels)
+    rates = {name: case.moved / duration for name, duration in medians.items()}
+    told = {
+        name: f"{1e3 * medians[name]:.3f} ms, {one / 1e9:.1f} GB/s, {one / bandwidth:.0%} of a copy"
+        for name, one in rates.items()
+    }
+    name = f"{case.name}, forward and backward"
+    if has_kernels:
+        ratio = medians["reference"] / medians["triton"]
+        plain = f"plain PyTorch: {told['reference']}"
+        note(Row(f"{name}, Triton", told["triton"], plain, f"{ratio:.2f} times as fast"))
+    else:
+        note(Row(f"{name}, plain PyTorch", told["reference"]))
     set_kernels(KernelsConfig())
 
 
@@ -208,12 +216,17 @@ def time_work(work: Work, rate: float) -> None:
         upstream = torch.randn_like(work.run(*work.inputs))
         kernels = KernelsConfig(**{work.key: way})
         passes[str(way)] = Pass(kernels, work.run, work.inputs, upstream)
-    for name, duration in median_seconds(passes, rounds=ROUNDS, clock=seconds_on_kernels).items():
-        print(
-            f"{work.name:>23} {name:>10}: {duration * 1e3:8.2f} ms, "
-            f"{work.flops / duration / 1e12:6.1f} TFLOP/s, "
-            f"{work.flops / duration / rate:.0%} of the BF16 matrix rate"
-        )
+    medians = median_seconds(passes, rounds=ROUNDS, clock=seconds_on_kernels)
+    first = next(iter(medians), "")
+    for name, duration in medians.items():
+        speed = work.flops / duration
+        value = f"{1e3 * duration:.2f} ms, {speed / 1e12:.1f} TFLOP/s"
+        ratio = f"{speed / rate:.0%} of the BF16 matrix rate"
+        peer = ""
+        if name != first:
+            peer = f"{first}: {1e3 * medians[first]:.2f} ms"
+            ratio += f", {medians[first] / duration:.2f} times as fast"
+        note(Row(f"{work.name}, forward and backward, {name}", value, peer, ratio))
     set_kernels(KernelsConfig())
 
 

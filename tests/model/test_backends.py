@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -164,3 +165,10 @@ def test_scaled_mm_must_be_asked_for_and_needs_hopper() -> None:
 def test_another_flash_attention_that_is_not_installed_is_refused() -> None:
     with pytest.raises(ValueError, match="kernels.attention=fa4 needs flash_attn.cute.interface"):
         set_kernels(KernelsConfig(attention=Wanted.fa4))
+
+
+def test_the_page_shows_the_table_that_is_printed() -> None:
+    with mock.patch.object(backends, "find_spec", return_value=None):
+        table = describe(choose_all(CPU, torch.bfloat16, is_fp8=True, has_experts=True))
+    page = Path(__file__).parents[2] / "docs" / "precision.md"
+    assert f"operations:\n{table}\n" in page.read_text()
