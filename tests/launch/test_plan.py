@@ -9,7 +9,9 @@ import pytest
 from launch import cli
 from model.cost import count_parameters, flops_per_token
 from model.memory import routed_peak
+from model.recompute import Recompute
 from tests.command import compose
+from train.layout.memory import activations
 
 
 def plan(
@@ -98,6 +100,16 @@ def test_the_bound_on_experts_memory_is_stated_where_there_is_one(
     elements = routed_peak(moe, dim=2048, tokens=4096, num_local=64)
     assert f"{elements * 4 / 2**30:,.2f} GiB at most on a rank" in printed
     assert limit in printed
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_the_page_of_memory_shows_what_is_planned_in_each_precision(precision: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "memory.md").read_text()
+    (shown,) = re.findall(rf"\| `precision={precision}` \| (.+) \| (.+) \| (.+) \|", page)
+    run = compose("experiment=recipe_v2_lite", f"precision={precision}")
+    for size, mode in zip(shown, Recompute, strict=True):
+        run.parallel.recompute = mode
+        assert f"{activations(run) / 2**30:.1f}" == size
 
 
 def test_a_plan_of_what_cannot_be_run_is_refused(

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from model.block import Block
 from model.config import GQAModelConfig, ModelConfig
+from model.fp8_memory import kept_bytes_per_token
 from model.gqa import GQAConfig
 from model.init import initialise
 from model.memory import kept_per_token
+from model.products import use_fp8
 from model.recompute import Recompute, rebuild, rebuilding, recomputed
 from model.rope import rotation
 from model.sequences import WholeSequences
@@ -89,10 +91,14 @@ def test_selective_recompute_exchanges_rows_as_often_as_none() -> None:
     assert calls[0] == calls[1] == 2 * 4  # MoE layers; there and back, forward and backward
 
 
-def bytes_kept(config: ModelConfig, mode: Recompute, *, is_dense: bool, seq_len: int) -> int:
+def bytes_kept(
+    config: ModelConfig, mode: Recompute, *, is_dense: bool, seq_len: int, is_fp8: bool = False
+) -> int:
     """What stays allocated between a block's forward and backward pass, its input included."""
     block = Block(config, is_dense=is_dense, expert_group=None, sequences=WholeSequences())
     initialise(block, seed=1, std=0.4)
+    if is_fp8:
+        use_fp8(block)
     positions = torch.arange(seq_len)[None]
     turn = rotation(config.rope, positions, dim=config.attention.rotated_dim)
     counted = torch.ones(1, seq_len, dtype=torch.bool)
@@ -112,6 +118,30 @@ def test_a_block_keeps_the_bytes_that_the_formula_says(
     config = KINDS[kind]()
     short, long = (bytes_kept(config, mode, is_dense=is_dense, seq_len=n) for n in (32, 96))
     assert (long - short) / 64 == 4 * kept_per_token(config, is_dense=is_dense, recompute=mode)
+
+
+def wide() -> ModelConfig:
+    """Some widths are whole tiles, some not; the value is as wide as the key."""
+    config = small_config()
+    config.dim, config.ffn_dim = 256, 130
+    config.attention.q_lora_rank, config.attention.v_head_dim = 128, 10
+    config.moe.expert_dim = 200
+    config.moe.num_shared_experts = 0
+    return config
+
+
+@pytest.mark.parametrize("is_dense", [False, True])
+@pytest.mark.parametrize("mode", Recompute)
+@pytest.mark.parametrize("config", [*(KINDS[kind]() for kind in list(KINDS)[:3]), wide()])
+def test_in_fp8_a_block_keeps_the_bytes_that_the_formula_says(
+    config: ModelConfig, mode: Recompute, is_dense: bool
+) -> None:
+    _, short, long = (  # at its first use FP8 makes a table that stays
+        bytes_kept(config, mode, is_dense=is_dense, seq_len=n, is_fp8=True) for n in (8, 32, 96)
+    )
+    assert (long - short) / 64 == kept_bytes_per_token(
+        config, is_dense=is_dense, recompute=mode, size=4, is_fp8=True
+    )
 
 
 def test_a_result_is_rebuilt_once_however_many_keep_it_and_forgotten() -> None:

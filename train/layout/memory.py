@@ -2,7 +2,8 @@
 
 The state of training: weights, gradients at the end of a step's backward pass, masters and the
 optimizer's moments. `tests/train/layout/test_memory.py` counts the bytes of all tensors on real
-ranks and holds these numbers to them. Activations come on top (`model/memory.py`).
+ranks and holds these numbers to them. Activations come on top (`model/memory.py`, in FP8
+`model/fp8_memory.py`).
 
 W ranks share a stage's parameters (all ranks without a pipeline); W/EP share each expert's.
 """
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from model.memory import kept_per_token
+from model.fp8_memory import kept_bytes_per_token
 from model.transformer import Transformer
 from train.config import RunConfig
 from train.engine.stages import plan_stages
@@ -72,14 +73,20 @@ def activations(config: RunConfig) -> float:
     tokens = parallel.micro_batch_size * config.data.seq_len // parallel.sequence
     in_flight = len(stages.parts) if parallel.pipeline > 1 else 1
     per_token = [
-        kept_per_token(model, is_dense=i < model.num_dense_layers, recompute=parallel.recompute)
+        kept_bytes_per_token(
+            model,
+            is_dense=i < model.num_dense_layers,
+            recompute=parallel.recompute,
+            size=config.precision.dtype.torch.itemsize,
+            is_fp8=config.precision.fp8,
+        )
         for i in range(model.num_layers)
     ]
     by_rank = [
         sum(per_token[i] for part in stages.of(rank) for i in part.layers)
         for rank in range(parallel.pipeline)
     ]
-    return float(max(by_rank) * tokens * in_flight * config.precision.dtype.torch.itemsize)
+    return float(max(by_rank) * tokens * in_flight)
 
 
 def shares_of(config: RunConfig, pipeline_rank: int, *, num_ranks: int) -> Iterator[Share]:
