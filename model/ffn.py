@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from model.compiled import region
 from model.fp8_swiglu import grouped_swiglu_in_fp8
 from model.products import Products
 from model.recompute import rebuild
@@ -26,5 +27,7 @@ class SwiGLU(Products):
         return self.down(rebuild(gate_product, self.gate(x), self.up(x)))
 
 
+@region(lambda like: (like, like))
 def gate_product(gated: Tensor, upped: Tensor) -> Tensor:
+    """SwiGLU between its products."""
     return F.silu(gated) * upped

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from model.backends import Backend, choose_rope
+from model.compiled import region
 
 
 class RopeScaling(StrEnum):
@@ -98,6 +99,12 @@ def rotate_pairs(x: Float[Tensor, "B S H R"], by: Rotation) -> Float[Tensor, "B 
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
+def _halves(like: Tensor) -> tuple[Tensor, Rotation]:
+    angles = like.detach().float().view(4, 4, 4)[:, :2]
+    return like.view(4, 2, 1, 8), Rotation(angles, angles)
+
+
+@region(_halves)
 def rotate_halves(x: Float[Tensor, "B S H R"], by: Rotation) -> Float[Tensor, "B S H R"]:
     """Turn the pairs (x0, xP), (x1, xP+1), ... of `x`: Llama's and Qwen2's published weights."""
     first, second = x.float().chunk(2, dim=-1)

@@ -60,6 +60,9 @@ class RunConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     #: Which implementation operations take; the table at a run's start says what that came to.
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    #: Whether torch.compile turns chains of element-wise operations into one kernel each
+    #: (docs/precision.md); on a CPU it needs a C++ compiler.
+    compile: bool = False
     parallel: ParallelConfig
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
@@ -85,6 +88,12 @@ def check_run(config: RunConfig, *, num_ranks: int) -> None:
         check_steps(config.profile_steps, step=0, last=config.schedule.steps)
     check_parallel(config.parallel)
     check_layout(layout_of(config, num_ranks=num_ranks))
+    if config.compile and config.parallel.overlap_comm:
+        raise ValueError(
+            "compile=true and parallel.overlap_comm=true don't go together: compiled backward "
+            "passes have given DeepSpeed's stream gradients too early; choose "
+            "parallel.overlap_comm=false"
+        )
     if not config.run_dir:
         raise ValueError("run_dir is empty; name the folder of the run")
     if config.model.mtp.depth >= config.data.seq_len:

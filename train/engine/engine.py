@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from data.batches import Batch
 from model.attention import attend
 from model.backends import set_kernels
+from model.compiled import compile_regions
 from model.ffn import SwiGLU
 from model.init import first_experts, initial_value, initialise
 from model.moe import MoE
@@ -100,6 +101,9 @@ class Engine:
         self._config = config
         parallel = config.parallel
         set_kernels(config.kernels)
+        dtype = config.precision.dtype.torch
+        for traced in compile_regions(config.compile, device=ranks.device, dtype=dtype):
+            log.info("compiled: %s", traced.describe())
         expert_group = None
         if parallel.expert > 1:
             expert_group = groups._get_expert_parallel_group(_group_name(parallel))
