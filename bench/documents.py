@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from bench.rows import Row, note
 from bench.timing import cpu_seconds, median_seconds, prepare, seconds
 from model.attention import attend
 
@@ -51,7 +52,14 @@ def main() -> None:
     clock = seconds if device.type == "cuda" else cpu_seconds
     medians = median_seconds(passes, rounds=ROUNDS, clock=clock)
     for name, duration in medians.items():
-        print(f"{name:>30}: {duration * 1e3:7.1f} ms, {duration / medians['unmasked']:.2f}")
+        note(
+            Row(
+                f"attention, {name}",
+                f"{duration * 1e3:.2f} ms",
+                f"unmasked: {medians['unmasked'] * 1e3:.2f} ms",
+                f"{duration / medians['unmasked']:.2f}",
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.rows import Row, note
 from bench.timing import median_seconds, prepare
 from model.grouped import grouped_swiglu
 
@@ -66,10 +67,13 @@ def main() -> None:
             }
             medians = median_seconds(passes, rounds=ROUNDS)
             for name, duration in medians.items():
-                ratio = duration / medians["ours"]
-                print(
-                    f"{str(dtype)[6:]:>8} {routing:>8} {name:>10}: {duration * 1e3:8.2f} ms, "
-                    f"{ratio:.2f} of ours"
+                note(
+                    Row(
+                        f"experts, {str(dtype)[6:]}, {routing}: {name}",
+                        f"{duration * 1e3:.2f} ms",
+                        f"ours: {medians['ours'] * 1e3:.2f} ms",
+                        f"{duration / medians['ours']:.2f} of ours",
+                    )
                 )
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.rows import Row, note
 from bench.timing import median_seconds, prepare
 from model.loss import summed_cross_entropy
 
@@ -53,9 +54,13 @@ def main() -> None:
         }
         medians = median_seconds(passes, rounds=ROUNDS)
         for name, duration in medians.items():
-            print(
-                f"{str(dtype)[6:]:>8} {name:>30}: {duration * 1e3:8.1f} ms, "
-                f"{duration / medians['ours']:.2f} of ours"
+            note(
+                Row(
+                    f"loss, {str(dtype)[6:]}: {name}",
+                    f"{duration * 1e3:.2f} ms",
+                    f"ours: {medians['ours'] * 1e3:.2f} ms",
+                    f"{duration / medians['ours']:.2f} of ours",
+                )
             )
 
 

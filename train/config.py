@@ -53,6 +53,9 @@ class RunConfig:
     profile: bool = False
     #: How many steps `profile` takes apart; 3 warm up before, and as many run between untouched.
     profile_steps: int = 5
+    #: Whether torch.compile turns chains of element-wise operations into one kernel each
+    #: (docs/precision.md); on a CPU it needs a C++ compiler.
+    compile: bool = False
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -60,9 +63,6 @@ class RunConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     #: Which implementation operations take; the table at a run's start says what that came to.
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
-    #: Whether torch.compile turns chains of element-wise operations into one kernel each
-    #: (docs/precision.md); on a CPU it needs a C++ compiler.
-    compile: bool = False
     parallel: ParallelConfig
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
