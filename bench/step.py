@@ -1,7 +1,8 @@
 """`python -m bench.step`: our training step against transformers' DeepseekV3ForCausalLM.
 
 Same sizes, same process, in turns: forward, backward, clipping by the global norm, AdamW (the same
-optimizer for both), in fp32. transformers enters with the fastest of its experts implementations.
+optimizer for both), in fp32; with the routing as it falls, and with forced balance (both of them).
+transformers enters with the fastest of its experts implementations.
 """
 
 from collections.abc import Callable
@@ -9,8 +10,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import DeepseekV3ForCausalLM
 
+from bench.balanced import force_balance
+from bench.floors import describe, measure_floors
+from bench.peer import EXPERTS_IMPLEMENTATIONS, peer_config
 from bench.timing import median_seconds, prepare
 from model.config import ModelConfig
 from model.cost import count_parameters, flops_per_token
@@ -19,8 +23,8 @@ from model.mla import MLAConfig
 from model.moe import MoEConfig
 from model.router import RouterConfig
 from model.transformer import Transformer
-from train.hardware import measure_matrix_rate
 from train.optimizer.config import OptimizerConfig, build_optimizer, parameter_groups
+from train.profile.work import Work
 
 BATCH_SIZE, SEQ_LEN = 4, 512
 ROUNDS = 11
@@ -41,37 +45,14 @@ OURS = ModelConfig(
     ),
     moe=MoEConfig(num_experts=32, top_k=4, expert_dim=128, router=RouterConfig()),
 )
-THEIRS = DeepseekV3Config(
-    vocab_size=OURS.vocab_size,
-    hidden_size=OURS.dim,
-    num_hidden_layers=OURS.num_layers,
-    first_k_dense_replace=OURS.num_dense_layers,
-    intermediate_size=OURS.ffn_dim,
-    initializer_range=OURS.init_std,
-    num_attention_heads=OURS.attention.num_heads,
-    num_key_value_heads=OURS.attention.num_heads,
-    q_lora_rank=OURS.attention.q_lora_rank,
-    kv_lora_rank=OURS.attention.kv_lora_rank,
-    qk_nope_head_dim=OURS.attention.nope_head_dim,
-    qk_rope_head_dim=OURS.attention.rope_head_dim,
-    v_head_dim=OURS.attention.v_head_dim,
-    n_routed_experts=OURS.moe.num_experts,
-    num_experts_per_tok=OURS.moe.top_k,
-    moe_intermediate_size=OURS.moe.expert_dim,
-    n_shared_experts=OURS.moe.num_shared_experts,
-    routed_scaling_factor=OURS.moe.router.scale,
-    n_group=1,
-    topk_group=1,
-    max_position_embeddings=SEQ_LEN,
-    use_cache=False,
-)
-EXPERTS_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
 
-def our_step(device: torch.device) -> Callable[[], Tensor]:
+def our_step(device: torch.device, *, is_balanced: bool = False) -> Callable[[], Tensor]:
     """One step of our model on random tokens, balance loss included; returns the loss."""
     model = Transformer(OURS)
     initialise(model, seed=0, std=OURS.init_std)
+    if is_balanced:
+        force_balance(model)
     model.to(device)
     tokens = torch.randint(OURS.vocab_size, (BATCH_SIZE, SEQ_LEN), device=device)
     positions = torch.arange(SEQ_LEN, device=device).expand_as(tokens)
@@ -86,11 +67,16 @@ def our_step(device: torch.device) -> Callable[[], Tensor]:
     return partial(_step, model, _optimizer(model), loss)
 
 
-def their_step(experts_implementation: str, device: torch.device) -> Callable[[], Tensor]:
+def their_step(
+    experts_implementation: str, device: torch.device, *, is_balanced: bool = False
+) -> Callable[[], Tensor]:
     """The same with transformers' model."""
+    theirs = peer_config(OURS, seq_len=SEQ_LEN, experts=experts_implementation)
     model = DeepseekV3ForCausalLM._from_config(
-        THEIRS, experts_implementation=experts_implementation
+        theirs, experts_implementation=experts_implementation
     )
+    if is_balanced:
+        force_balance(model)
     model.to(device).train()
     tokens = torch.randint(OURS.vocab_size, (BATCH_SIZE, SEQ_LEN), device=device)
 
@@ -124,24 +110,28 @@ def main() -> None:
     print(f"{counted.total / 1e6:.1f}M parameters, {BATCH_SIZE} x {SEQ_LEN} tokens, fp32")
 
     trials = {}
-    for name in EXPERTS_IMPLEMENTATIONS:  # one after another: batched_mm alone needs 9 GB
+    for name in EXPERTS_IMPLEMENTATIONS[device.type]:  # one after another: batched_mm needs 9 GB
         trials |= median_seconds({name: their_step(name, device)}, rounds=1, warm_ups=1)
         print(f"transformers, {name:>10}: {trials[name] * 1e3:7.0f} ms (one step, to choose)")
     best = min(trials, key=trials.__getitem__)
 
-    steps = {"ours": our_step(device), "theirs": their_step(best, device)}
-    medians = median_seconds(steps, rounds=ROUNDS)
-    rate = measure_matrix_rate(device, torch.float32, size=1024)
+    floors = measure_floors(device, torch.float32)
     tokens = BATCH_SIZE * SEQ_LEN
-    flops = tokens * flops_per_token(OURS, seq_len=SEQ_LEN) / medians["ours"]
-    print(f"transformers, {best:>10}: {medians['theirs'] * 1e3:7.1f} ms (median of {ROUNDS})")
-    print(f"ours                    : {medians['ours'] * 1e3:7.1f} ms (median of {ROUNDS})")
-    print(f"ratio of medians        : {medians['theirs'] / medians['ours']:7.2f}")
-    print(f"tokens/s                : {tokens / medians['ours']:7.0f}")
-    print(
-        f"GFLOP/s                 : {flops / 1e9:7.0f}, {flops / rate:.0%} of this machine's "
-        f"{rate / 1e9:.0f} in fp32 matrix products"
-    )
+    work = Work(flops=tokens * flops_per_token(OURS, seq_len=SEQ_LEN))
+    for routing in ("natural", "balanced"):
+        is_balanced = routing == "balanced"
+        steps = {
+            "ours": our_step(device, is_balanced=is_balanced),
+            f"transformers, {best}": their_step(best, device, is_balanced=is_balanced),
+        }
+        medians = median_seconds(steps, rounds=ROUNDS)
+        for name, seconds in medians.items():
+            told = describe(seconds, work, floors)
+            ratio = seconds / medians["ours"]
+            print(
+                f"{routing:>8} {name:>24}: {told}, {tokens / seconds:,.0f} tokens/s, "
+                f"{ratio:.2f} of ours (median of {ROUNDS})"
+            )
 
 
 if __name__ == "__main__":

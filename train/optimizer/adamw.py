@@ -43,11 +43,13 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """One step of one parameter, stretch by stretch, so that little exists in fp32 at once."""
+        """One step of one parameter; where moments are not kept in fp32, stretch by stretch, so
+        that little of them exists in it at once."""
         assert parameter.grad is not None
         state = self.start(parameter)
         values, grad = parameter.view(-1), parameter.grad.view(-1)
-        for part in stretches(parameter):
+        everything = [slice(0, parameter.numel())]
+        for part in everything if self.format.is_read_in_place else stretches(parameter):
             first, second = (self.format.read(state, name, part) for name in MOMENTS)
             adamw(
                 [values[part]],

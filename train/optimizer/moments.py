@@ -32,6 +32,8 @@ class MomentFormat(Protocol):
     What is stored stands in `state` as tensors, the elements under `name` itself.
     """
 
+    is_read_in_place: bool  # `read` gives the stored elements themselves, and makes none
+
     def start(self, state: dict[str, Any], name: str, parameter: Tensor) -> None:
         """Store zeros."""
 
@@ -58,6 +60,7 @@ class FloatMoments:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self.is_read_in_place = dtype is torch.float32
 
     def start(self, state: dict[str, Any], name: str, parameter: Tensor) -> None:
         state[name] = torch.zeros_like(parameter, dtype=self.dtype)
@@ -66,7 +69,7 @@ class FloatMoments:
         return state[name].view(-1)[part].float()  # in fp32, the stored elements themselves
 
     def write(self, state: dict[str, Any], name: str, part: slice, values: Tensor) -> None:
-        if self.dtype is not torch.float32:
+        if not self.is_read_in_place:
             state[name].view(-1)[part].copy_(values)
 
     def open(self, state: dict[str, Any], name: str) -> Tensor:

@@ -22,6 +22,8 @@ HAS_LIBRARY = find_spec(LIBRARY) is not None
 class QuantisedMoments:
     """Moments as bytes under their names, with their blocks' scales under `name_scale`."""
 
+    is_read_in_place = False
+
     def __init__(self) -> None:
         # Importing warns of a missing kernel for 4-bit products, which nobody here computes.
         logging.getLogger(LIBRARY).setLevel(logging.ERROR)
