@@ -11,9 +11,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from bench.floors import describe, measure_floors
 from bench.rows import Row, note
 from bench.timing import cpu_seconds, median_seconds, prepare, seconds
 from model.attention import attend
+from train.profile.work import Work
 
 BATCH_SIZE, SEQ_LEN, HEADS, KEY_WIDTH, VALUE_WIDTH = 4, 2048, 8, 48, 32
 MEAN_LENGTHS = (10, 100, 1000)
@@ -30,6 +32,12 @@ def draw_segments(mean: int) -> list[int]:
             segments.append(min(left, 1 + int(mean * lengths.sample())))
             left -= segments[-1]
     return segments
+
+
+def work_of(segments: list[int]) -> Work:
+    """Products of the pairs that see each other, forward and twice backward."""
+    pairs = sum(length * (length + 1) / 2 for length in segments)
+    return Work(flops=6 * pairs * HEADS * (KEY_WIDTH + VALUE_WIDTH))
 
 
 def _pass(inputs: list[Tensor], segments: list[int]) -> None:
@@ -50,12 +58,13 @@ def main() -> None:
         layouts[f"{len(segments)} documents of about {mean}"] = segments
     passes = {name: partial(_pass, inputs, segments) for name, segments in layouts.items()}
     clock = seconds if device.type == "cuda" else cpu_seconds
+    floors = measure_floors(device, torch.float32)
     medians = median_seconds(passes, rounds=ROUNDS, clock=clock)
     for name, duration in medians.items():
         note(
             Row(
                 f"attention, {name}",
-                f"{duration * 1e3:.2f} ms",
+                describe(duration, work_of(layouts[name]), floors),
                 f"unmasked: {medians['unmasked'] * 1e3:.2f} ms",
                 f"{duration / medians['unmasked']:.2f}",
             )

@@ -19,12 +19,12 @@ def measure_floors(device: torch.device, dtype: torch.dtype) -> Floors:
 
 def describe(seconds: float, work: Work, floors: Floors) -> str:
     """The time, the rates at which the work was done, and the least time's share of it."""
-    told = [f"{seconds * 1e3:9.2f} ms"]
+    told = [f"{seconds * 1e3:.2f} ms"]
     if work.flops:
-        told.append(f"{work.flops / seconds / 1e9:9,.1f} GFLOP/s")
+        told.append(f"{work.flops / seconds / 1e9:,.1f} GFLOP/s")
     if work.bytes:
-        told.append(f"{work.bytes / seconds / 1e9:8,.1f} GB/s")
-    told.append(f"{floors.least_seconds(work) / seconds:4.0%} of the floor")
+        told.append(f"{work.bytes / seconds / 1e9:,.1f} GB/s")
+    told.append(f"{floors.least_seconds(work) / seconds:.0%} of the floor")
     return ", ".join(told)
 
 

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.floors import describe, measure_floors
 from bench.rows import Row, note
 from bench.timing import median_seconds, prepare
 from model.grouped import grouped_swiglu
+from train.profile.work import Work
 
 ROWS, EXPERTS, DIM, INNER_DIM = 8192, 32, 256, 128
 ROUNDS = 15
@@ -57,6 +59,7 @@ def main() -> None:
             torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes
         ]
         upstream = torch.randn_like(inputs[0])
+        work, floors = Work(flops=18 * ROWS * DIM * INNER_DIM), measure_floors(device, dtype)
         for routing, counts in (("natural", natural), ("balanced", balanced)):
             candidates: dict[str, Experts] = {"ours": ours, "grouped_mm": by_grouped_mm}
             if routing == "balanced":
@@ -70,7 +73,7 @@ def main() -> None:
                 note(
                     Row(
                         f"experts, {str(dtype)[6:]}, {routing}: {name}",
-                        f"{duration * 1e3:.2f} ms",
+                        describe(duration, work, floors),
                         f"ours: {medians['ours'] * 1e3:.2f} ms",
                         f"{duration / medians['ours']:.2f} of ours",
                     )

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.floors import describe, measure_floors
 from bench.rows import Row, note
 from bench.timing import median_seconds, prepare
 from model.loss import summed_cross_entropy
+from train.profile.work import Work
 
 POSITIONS, DIM, VOCAB_SIZE = 2048, 256, 8192
 ROUNDS = 11
@@ -52,12 +54,13 @@ def main() -> None:
         passes = {
             name: partial(_pass, loss, hidden, head, targets) for name, loss in candidates().items()
         }
+        work, floors = Work(flops=6 * POSITIONS * DIM * VOCAB_SIZE), measure_floors(device, dtype)
         medians = median_seconds(passes, rounds=ROUNDS)
         for name, duration in medians.items():
             note(
                 Row(
                     f"loss, {str(dtype)[6:]}: {name}",
-                    f"{duration * 1e3:.2f} ms",
+                    describe(duration, work, floors),
                     f"ours: {medians['ours'] * 1e3:.2f} ms",
                     f"{duration / medians['ours']:.2f} of ours",
                 )

@@ -114,14 +114,16 @@ def run(forward: Callable[[], Tensor], layer: nn.Module | None, *inputs: Tensor)
 
 
 def report(case: Case, title: str, medians: dict[str, float], work: Work, floors: Floors) -> None:
-    """Print every candidate's line, and note ours beside each of the others."""
-    told = {label: describe(seconds, work, floors) for label, seconds in medians.items()}
     for label, seconds in medians.items():
-        ratio = seconds / medians["ours"]
-        print(f"  {title:>20} {label:>13}: {told[label]}, {ratio:.2f} of ours")
-        if label != "ours":
-            what = f"{title}, {case.name}, forward and backward"
-            note(Row(what, told["ours"].strip(), f"{label}: {told[label].strip()}", f"{ratio:.2f}"))
+        what = f"{title}, forward and backward, {case.name}: {label}"
+        note(
+            Row(
+                what,
+                describe(seconds, work, floors),
+                "",
+                f"{seconds / medians['ours']:.2f} of ours",
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from transformers import DeepseekV3ForCausalLM
 from bench.balanced import force_balance
 from bench.floors import describe, measure_floors
 from bench.peer import EXPERTS_IMPLEMENTATIONS, peer_config
+from bench.rows import Row, note
 from bench.timing import median_seconds, prepare
 from model.config import ModelConfig
 from model.cost import count_parameters, flops_per_token
@@ -126,12 +127,9 @@ def main() -> None:
         }
         medians = median_seconds(steps, rounds=ROUNDS)
         for name, seconds in medians.items():
-            told = describe(seconds, work, floors)
+            told = f"{describe(seconds, work, floors)}, {tokens / seconds:,.0f} tokens/s"
             ratio = seconds / medians["ours"]
-            print(
-                f"{routing:>8} {name:>24}: {told}, {tokens / seconds:,.0f} tokens/s, "
-                f"{ratio:.2f} of ours (median of {ROUNDS})"
-            )
+            note(Row(f"step, routing {routing}: {name}", told, "", f"{ratio:.2f} of ours"))
 
 
 if __name__ == "__main__":
