@@ -258,3 +258,13 @@ def test_another_corpus_is_read_alike_without_the_mixtures_sources(web: WebServe
     sources = [SourceConfig(name="gone", folder="http://127.0.0.1:9/none", weight=1)]
     mixture = MixtureData(folder="mixture", sources=sources, seq_len=40, retry=HASTE)
     assert open_samples(read_alike(mixture, web.url)).num_samples > 2
+
+
+def test_a_mixture_that_was_made_on_another_node_brings_its_sources_held_out_text(
+    web: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = [SourceConfig(name="far", folder=web.url, weight=1)]
+    config = MixtureData(folder=str(tmp_path / "mix"), sources=sources, seq_len=40, retry=HASTE)
+    prepare(config)
+    shutil.rmtree(tmp_path / "cache")  # a node with a disk of its own, at the same path
+    assert open_samples(config).num_samples > 2
