@@ -13,7 +13,7 @@ FILE = "origin.json"
 # What these settings say is said by the list of sources, or matters only when reading.
 NOT_COMPARED = {
     *("folder", "seq_len", "processes", "verify", "mask_documents", "reset_positions"),
-    *("packing", "fim", "paths", "streaming", "tokenizer"),
+    *("packing", "fim", "retry", "cache_bytes", "paths", "streaming", "tokenizer"),
 }
 
 
@@ -84,7 +84,7 @@ def refuse_change(folder: Path, *, kept: Origin, now: Origin) -> None:
     """Raises ValueError, naming the first differences, where the two origins differ."""
     differences = [
         f"data.{key} was {kept.settings.get(key)}, is {now.settings.get(key)}"
-        for key in sorted(kept.settings.keys() | now.settings.keys())
+        for key in sorted((kept.settings.keys() | now.settings.keys()) - NOT_COMPARED)
         if kept.settings.get(key) != now.settings.get(key)
     ]
     before = {source.path: source for source in kept.sources}

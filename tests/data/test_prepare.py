@@ -22,6 +22,7 @@ from data.fim import FimConfig
 from data.manifest import Manifest, Split, read_manifest
 from data.prepare import Prepared, prepare
 from data.progress import Advance
+from data.retry import RetryConfig
 from data.shards import Shard
 from data.tokenizer import ModelType, TokenizerConfig, load_tokenizer
 
@@ -174,8 +175,21 @@ def test_settings_of_reading_alone_may_change(prepared: Prepared, make_config: C
         reset_positions=False,
         verify="fast",
         processes=2,
+        retry=RetryConfig(attempts=1),
+        cache_bytes=1,
     )
     assert prepare(config).was_ready
+
+
+def test_a_reading_setting_that_an_older_corpus_kept_does_not_count(
+    prepared: Prepared, make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(prepared.folder, tmp_path / "older")
+    path = folder / "origin.json"
+    origin = json.loads(path.read_text())
+    origin["settings"]["retry"] = {"attempts": 99}
+    path.write_text(json.dumps(origin))
+    assert prepare(make_config(folder)).was_ready
 
 
 def test_changed_input_is_refused_with_the_files(
