@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -312,8 +312,9 @@ class KillingWorkers:
     def stage(self, name: str, *, total_bytes: int | None) -> Iterator[Advance]:
         def kill(num_bytes: int) -> None:
             for child in psutil.Process().children() if name == "tokenize" else []:
-                if any("spawn_main" in argument for argument in child.cmdline()):
-                    child.kill()
+                with suppress(psutil.NoSuchProcess):  # killed a moment ago
+                    if any("spawn_main" in argument for argument in child.cmdline()):
+                        child.kill()
 
         yield kill
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.config import FilesData, Verify
+from data.config import ALONE, FilesData, Verify
 from data.fim import FimConfig, FimMode
 from data.packing import Packing
 from data.position import Position
@@ -16,7 +16,7 @@ from data.prepare import Prepared, prepare
 from data.samples import IGNORED, open_samples
 from data.shards import Shard
 from data.tokenizer import FIM, TokenizerConfig, load_tokenizer
-from data.training_data import ALONE, TrainingData
+from data.training_data import TrainingData
 from tests.data.test_fim import read as read_parts
 
 SEQ_LEN = 50
