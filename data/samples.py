@@ -15,6 +15,7 @@ from data.documents import MappedIndex
 from data.manifest import Split, read_manifest
 from data.mirror import is_remote
 from data.remote import bring_here, open_remote
+from data.retry import RetryConfig, retry
 from data.token_stream import TokenStream
 
 IGNORED = -100
@@ -70,8 +71,10 @@ class Samples:
         seq_len: int,
         mask_documents: bool,
         reset_positions: bool,
+        patience: RetryConfig | None = None,
     ) -> None:
-        """`index` is needed where documents have prompts."""
+        """`index` is needed where documents have prompts; without `patience` a read that fails is
+        not tried again."""
         self.num_samples = (len(stream) - 1) // seq_len
         if self.num_samples < 1:
             raise ValueError(
@@ -84,8 +87,13 @@ class Samples:
         self._index = index
         self._mask_documents = mask_documents
         self._reset_positions = reset_positions
+        self._patience = patience or RetryConfig(attempts=1)
 
     def __getitem__(self, number: int) -> Sample:
+        """Raises OSError where a shard can't be read, often enough in a row; it is named."""
+        return retry(lambda: self._read(number), self._patience, forget=self._stream.close)
+
+    def _read(self, number: int) -> Sample:
         assert 0 <= number < self.num_samples
         start = number * self.seq_len
         stop = start + self.seq_len + 1
@@ -140,4 +148,5 @@ def open_samples(config: DataConfig, *, tokenizer_fingerprint: str | None = None
         seq_len=config.seq_len,
         mask_documents=config.mask_documents,
         reset_positions=config.reset_positions,
+        patience=config.retry,
     )

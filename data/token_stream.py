@@ -79,12 +79,21 @@ class TokenStream:
         return self._starts[-1]
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """The tokens in [start, stop), [stop - start]."""
+        """The tokens in [start, stop), [stop - start].
+
+        Raises:
+            OSError: A shard can't be read any more; it is named.
+        """
         pieces = [
             shard.tokens[start_here:stop_here]
             for shard, _, start_here, stop_here in self._overlaps(start, stop)
         ]
-        return self._gather(pieces).astype(np.int64)
+        try:
+            return self._gather(pieces).astype(np.int64)
+        except OSError as error:
+            first, last = self.locate(np.array([start, stop - 1])).shards.tolist()
+            fault = self.find_fault(set(range(first, last + 1)))
+            raise OSError(fault or str(error)) from error
 
     def token(self, place: int) -> int:
         """The token at a place."""

@@ -11,6 +11,7 @@ from train.checkpoint.restore import restore
 from train.ema import Weights
 from train.evaluation import Evaluation, evaluate
 from train.ranks import alone
+from train.read import DataError
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,12 +58,15 @@ def evaluate_run(config: EvaluateConfig) -> Evaluation:
             segments=batch.document_lengths,
         )
 
-    return evaluate(
-        forward,
-        samples,
-        corpus=find_folder(data),
-        ranks=ranks,
-        micro_batch_size=restored.config.parallel.micro_batch_size,
-        max_sequences=config.max_sequences,
-        are_documents_masked=data.mask_documents,
-    )
+    try:
+        return evaluate(
+            forward,
+            samples,
+            corpus=find_folder(data),
+            ranks=ranks,
+            micro_batch_size=restored.config.parallel.micro_batch_size,
+            max_sequences=config.max_sequences,
+            are_documents_masked=data.mask_documents,
+        )
+    except DataError as error:
+        raise OSError("; ".join(error.failures.values())) from error

@@ -17,6 +17,7 @@ from data.samples import IGNORED, Samples
 from data.unigram import read_unigram, unigram_cross_entropy
 from model.transformer import Sums
 from train.ranks import Ranks
+from train.read import read_together
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,7 +65,11 @@ def evaluate(
     max_sequences: int | None,
     are_documents_masked: bool,
 ) -> Evaluation:
-    """The evaluation over all ranks' shares of the validation split; the same on every rank."""
+    """The evaluation over all ranks' shares of the validation split; the same on every rank.
+
+    Raises:
+        DataError: A share can't be read; on all ranks.
+    """
     batches = validation_batches(
         samples,
         rank=ranks.replica,
@@ -73,7 +78,8 @@ def evaluate(
         limit=max_sequences,
     )
     train_counts = read_unigram(corpus, Split.train)
-    shares = ranks.gather(_measure(forward, batches, vocab_size=len(train_counts)))
+    share = _measure(forward, read_together(batches, ranks), vocab_size=len(train_counts))
+    shares = ranks.gather(share)
     every_rank = np.sum([share.target_counts for share in shares], axis=0)
     target_counts = every_rank // ranks.ranks_per_replica
     targets = int(target_counts.sum())

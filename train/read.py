@@ -1,6 +1,6 @@
 """Reading a step's samples, and what becomes of the run when they can't be read."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from data.batches import Batch, Batches
@@ -11,9 +11,15 @@ from train.ranks import Ranks
 class DataError(Exception):
     """Samples could not be read on at least one rank; the run is saved where it stood."""
 
-    def __init__(self, message: str, *, ranks: Sequence[int]) -> None:
-        super().__init__(message)
-        self.ranks = list(ranks)  # those that could not read
+    def __init__(self, failures: dict[int, str]) -> None:
+        """`failures` are what happened on those ranks."""
+        self.failures = failures
+        self.ranks = list(failures)
+        listed = "; ".join(f"rank {rank}: {text}" for rank, text in failures.items())
+        super().__init__(
+            f"the data can't be read ({listed}); the run is saved and goes on from there: mend the "
+            "file system or put the file back, and start the same command again"
+        )
 
 
 class Read(NamedTuple):
@@ -32,6 +38,26 @@ def read(batches: Batches, position: Position, size: int) -> Read:
         return Read([], position, failure=str(error))
 
 
+def read_together(batches: Iterator[Batch], ranks: Ranks) -> Iterator[Batch]:
+    """Equally many batches on every rank, each once all ranks have theirs: one that could not read
+    would leave the others waiting for it in the model's exchanges.
+
+    Raises:
+        DataError: Some rank can't read; on all ranks.
+    """
+    while True:
+        batch, failure = None, None
+        try:
+            batch = next(batches, None)
+        except OSError as error:
+            failure = str(error)
+        if ranks.any(failure is not None):
+            refuse_failures(failure, ranks)
+        if batch is None:
+            return
+        yield batch
+
+
 def refuse_failures(failure: str | None, ranks: Ranks) -> None:
     """Stop a run, on all ranks, whose data can't be read.
 
@@ -40,9 +66,4 @@ def refuse_failures(failure: str | None, ranks: Ranks) -> None:
     """
     failures = {rank: text for rank, text in enumerate(ranks.gather(failure)) if text is not None}
     if failures:
-        listed = "; ".join(f"rank {rank}: {text}" for rank, text in failures.items())
-        raise DataError(
-            f"the data can't be read ({listed}); the run is saved and goes on from there: mend the "
-            "file system or put the file back, and start the same command again",
-            ranks=list(failures),
-        )
+        raise DataError(failures)

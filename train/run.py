@@ -36,6 +36,7 @@ from train.layout.placement import describe_placement, draw_grid
 from train.meters import Meters
 from train.profile.profiler import Profiler
 from train.ranks import Ranks
+from train.read import DataError
 from train.schedule import batch_size, learning_rate
 from train.watch.agreement import check_agreement
 from train.watch.drift import DriftMonitor
@@ -131,18 +132,26 @@ class Run:
 
     @HERE.doing("evaluation")
     def evaluate(self, journal: Journal) -> None:
-        """Measure the validation split and write it down."""
+        """Measure the validation split and write it down.
+
+        Raises:
+            DataError: It can't be read; the run is saved.
+        """
         start = time.perf_counter()
         self.engine.model.eval()
-        evaluation = evaluate(
-            self.engine.forward,
-            self.validation,
-            corpus=self.corpus,
-            ranks=self.ranks,
-            micro_batch_size=self.config.parallel.micro_batch_size,
-            max_sequences=self.config.evaluation.max_sequences,
-            are_documents_masked=self.config.data.mask_documents,
-        )
+        try:
+            evaluation = evaluate(
+                self.engine.forward,
+                self.validation,
+                corpus=self.corpus,
+                ranks=self.ranks,
+                micro_batch_size=self.config.parallel.micro_batch_size,
+                max_sequences=self.config.evaluation.max_sequences,
+                are_documents_masked=self.config.data.mask_documents,
+            )
+        except DataError:
+            self.save(journal, is_last=True)
+            raise
         self._evaluation = Measured(self.progress.step, evaluation.loss)
         self._write(journal, "evaluation", start, evaluation._asdict())
 

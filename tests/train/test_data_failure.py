@@ -11,6 +11,7 @@ import pytest
 
 import data.training_data
 from data.retry import RetryConfig, retry
+from data.token_stream import TokenStream
 from tests.data.web_server import GONE, serve
 from tests.ranks import run_ranks
 from tests.train.tiny import tiny_run
@@ -75,6 +76,26 @@ def test_a_shard_that_vanishes_for_one_rank_stops_the_run_with_its_position_kept
         raise FileNotFoundError(2, "No such file or directory", "train-00000.bin")
 
     stop(config, vanish)
+
+
+def test_held_out_text_that_one_rank_cannot_read_stops_all_with_the_step_saved(
+    config: RunConfig,
+) -> None:
+    config.evaluation.every, config.checkpoint.every = 2, 1000
+    read = TokenStream.read
+
+    def read_or_fail(stream: TokenStream, start: int, stop: int) -> Any:
+        if os.environ["RANK"] == "1":
+            raise FileNotFoundError(2, "No such file or directory", "validation-00000.bin")
+        return read(stream, start, stop)
+
+    lost = r"can't be read \(rank 1: .*validation-00000\.bin.*the run is saved"
+    with (
+        mock.patch.object(TokenStream, "read", read_or_fail),
+        pytest.raises(AssertionError, match=lost),
+    ):
+        start(config)
+    assert Checkpoints(Path(config.run_dir), keep=10).steps() == [2]
 
 
 @pytest.mark.slow
