@@ -163,7 +163,8 @@ def main() -> None:
     is_plain = options.parse_args().plain
     if is_plain:
         names = [field.name for field in fields(KernelsConfig)]
-        kept = dict.fromkeys(("experts", "attention"), Wanted.auto)
+        experts = Wanted.torch if torch.cuda.is_available() else Wanted.reference
+        kept = {"experts": experts, "attention": Wanted.torch}
         wanted = dict.fromkeys(names, Wanted.reference) | kept
         set_kernels(KernelsConfig(**wanted))
     device = prepare()

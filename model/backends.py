@@ -3,9 +3,12 @@
 `kernels` in the config overrules it: `kernels=off` is plain PyTorch everywhere.
 """
 
+import os
+import shutil
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -16,6 +19,7 @@ from model import flash_attention
 FP8_CAPABILITY = (8, 9)  # Ada and Hopper: the first with products of E4M3
 KERNEL_CAPABILITY = (8, 0)  # Ampere: the first with products of BF16
 UNMEASURED = "not measured yet: python -m bench.kernels"
+DEEP_GEMM = ("fp8_gemm_nt", "m_grouped_fp8_gemm_nt_contiguous")  # version 2's names
 UNUSED = {  # libraries that do such work elsewhere: of which operation, and why not here
     "flash_attn": ("attention", "torch's varlen_attn is the same FlashAttention 2"),
     "deep_ep": ("dispatch", "it needs NVLink or RDMA and buffers of its own; nobody has tried it"),
@@ -130,8 +134,10 @@ def choose_all(
         ValueError: The config names an implementation that this device can't have.
     """
     choices = [choose_fp8(device)] if is_fp8 else []
-    if has_experts and not is_fp8:
-        choices.append(choose_experts(device, dtype, widths=widths))
+    if has_experts:
+        experts = choose_experts(device, dtype, widths=widths)
+        why = f"where a layer leaves FP8: {experts.why}" if is_fp8 else experts.why
+        choices.append(experts._replace(why=why))
     choices += [
         choose_attention(device, dtype),
         *([choose_rope(device)] if has_split_heads else []),
@@ -163,8 +169,12 @@ def choose_fp8(device: torch.device) -> Choice:
     ]
     if _capability(device)[0] == 9:
         if find_spec("deep_gemm") is not None:
-            why = "installed: products in BF16 of widths of 128s; else model/kernels; not measured"
-            ranked.insert(0, Choice(operation, Backend.deep_gemm, why))
+            fault = _fault_of_deep_gemm()
+            if fault is None:
+                why = "installed: products in BF16 of widths of 128s; else ours; unmeasured"
+                ranked.insert(0, Choice(operation, Backend.deep_gemm, why))
+            else:
+                ranked[0] = ranked[0]._replace(why=f"{ranked[0].why}; {fault}")
         if _cuda_version() >= (12, 9):
             ranked.append(Choice(operation, Backend.torch, "scaled_mm"))
     return _pick(*ranked)
@@ -257,12 +267,13 @@ def describe(choices: list[Choice]) -> str:
 
 
 def _kernel_if_any(operation: str, device: torch.device) -> Choice:
+    """Kernels that no GPU has run yet must be asked for: `kernels=triton`."""
     missing = _missing(device)
     if missing is not None:
         return _pick(Choice(operation, Backend.reference, missing))
     return _pick(
-        Choice(operation, Backend.triton, f"{_name(device)}: one pass; {UNMEASURED}"),
-        Choice(operation, Backend.reference, "plain PyTorch"),
+        Choice(operation, Backend.reference, f"kernels.{operation}=triton is {UNMEASURED}"),
+        Choice(operation, Backend.triton, ""),
     )
 
 
@@ -292,7 +303,25 @@ def _missing(device: torch.device) -> str | None:
         return f"{_name(device)}: kernels are for sm80 and newer"
     if find_spec("triton") is None:
         return "triton is not installed"
+    if find_c_compiler() is None:
+        return "triton needs a C compiler (CC, gcc or clang), and there is none"
     return None
+
+
+def find_c_compiler() -> str | None:
+    """What Triton builds a kernel's launcher with, at its first use."""
+    names = [os.environ.get("CC"), "gcc", "clang"]
+    return next((name for name in names if name and shutil.which(name)), None)
+
+
+def _fault_of_deep_gemm() -> str | None:
+    """Why an installed DeepGEMM can't be used; None if it can."""
+    try:
+        library = import_module("deep_gemm")
+    except Exception as error:  # built for another torch, say
+        return f"deep_gemm can't be imported ({error})"
+    lacking = [name for name in DEEP_GEMM if not hasattr(library, name)]
+    return f"deep_gemm lacks {', '.join(lacking)}: version 2 has it" if lacking else None
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

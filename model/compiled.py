@@ -2,7 +2,8 @@
 
 With `compile=true` these alone are compiled, never a block: sizes that follow from the routing,
 exchanges between ranks and what recomputation keeps would break a block's graph in every layer. A
-region is one graph, for any number of rows; a break in it is an error, not a slow-down.
+region is one graph; torch makes it again for none and one row, other numbers of dimensions and
+without gradients.
 """
 
 import os
@@ -13,6 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from model.backends import find_c_compiler
+
+MOST_GRAPHS = 64  # of a region
 
 Samples = Callable[[Tensor], tuple[Any, ...]]
 
@@ -43,7 +48,7 @@ class Region:
 
     def compile(self) -> None:
         """From the next call on; the compiler runs in that call."""
-        self._run = torch.compile(self._plain, fullgraph=True, dynamic=True)
+        self._run = torch.compile(self._plain, dynamic=True)
 
     def leave_plain(self) -> None:
         self._run = self._plain
@@ -80,6 +85,8 @@ def compile_regions(is_wanted: bool, *, device: torch.device, dtype: torch.dtype
     if not is_wanted:
         return []
     check_compiler(device)
+    # All users of a region share its graphs; beyond the limit torch goes on without compiling.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     traced = [one.trace(device, dtype) for one in REGIONS]
     for one in REGIONS:
         one.compile()
@@ -92,6 +99,11 @@ def check_compiler(device: torch.device) -> None:
         raise ValueError(
             "compile=true needs triton on a GPU, which is not installed; install thrifty[kernels], "
             "or choose compile=false"
+        )
+    if device.type == "cuda" and find_c_compiler() is None:
+        raise ValueError(
+            "compile=true needs a C compiler on a GPU, but there is neither gcc nor clang; install "
+            "one, name one in CC, or choose compile=false"
         )
     compiler = os.environ.get("CXX", "g++")  # as torch looks for it
     if device.type == "cpu" and shutil.which(compiler) is None:

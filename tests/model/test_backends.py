@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -48,6 +49,7 @@ def gpu(
         mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
         mock.patch.object(torch.version, "cuda", "12.9"),
         mock.patch.object(backends, "find_spec", lambda name: True if name in installed else None),
+        mock.patch.object(backends, "find_c_compiler", return_value="gcc"),
     ):
         yield
 
@@ -80,7 +82,7 @@ def test_the_table_has_a_line_for_each_and_names_libraries_that_are_not_used() -
     choices = choose_all(CPU, torch.bfloat16, is_fp8=True, has_experts=True)
     operations = [one.operation for one in choices]
     ours = ["rope", "norm", "loss", "router", "rows"]
-    assert operations == ["FP8", "attention", *ours, "dispatch"]
+    assert operations == ["FP8", "experts", "attention", *ours, "dispatch"]
     without = choose_all(CPU, torch.bfloat16, is_fp8=False, has_experts=True)
     assert without[0].operation == "experts"
     found = importlib.util.find_spec("math")
@@ -119,12 +121,29 @@ def test_experts_take_torchs_kernel_where_it_is_one_and_ours_elsewhere(
 
 def test_a_user_can_do_without_any_one_kernel_or_ask_for_one() -> None:
     with gpu((8, 0)):
-        assert choose_rope(CUDA).backend is Backend.triton
-        assert choose_norm(CUDA).backend is Backend.reference
-        set_kernels(KernelsConfig(rope=Wanted.reference, norm=Wanted.triton))
         assert choose_rope(CUDA).backend is Backend.reference
-        assert choose_rope(CUDA).why == "kernels.rope=reference"
+        assert choose_norm(CUDA).backend is Backend.reference
+        experts = {"widths": (2048, 1408)}
+        assert choose_experts(CUDA, torch.bfloat16, **experts).backend is Backend.triton
+        set_kernels(compose("experiment=smoke", "kernels=triton").kernels)
+        assert choose_rope(CUDA).backend is Backend.triton
+        assert choose_rope(CUDA).why == "kernels.rope=triton"
         assert choose_norm(CUDA).backend is Backend.triton
+        set_kernels(KernelsConfig(experts=Wanted.torch))
+        assert choose_experts(CUDA, torch.bfloat16, **experts).backend is Backend.torch
+
+
+def test_without_a_c_compiler_no_kernel_is_taken() -> None:
+    with gpu((9, 0)), mock.patch.object(backends, "find_c_compiler", return_value=None):
+        choice = choose_fp8(CUDA)
+    assert choice.backend is Backend.reference
+    assert "C compiler" in choice.why
+
+
+def test_in_fp8_the_experts_choice_is_checked_too_for_layers_that_leave_it() -> None:
+    set_kernels(KernelsConfig(experts=Wanted.torch))
+    with pytest.raises(ValueError, match="kernels.experts=torch can't be had here"):
+        choose_all(CPU, torch.bfloat16, is_fp8=True, has_experts=True)
 
 
 def test_a_kernel_that_is_asked_for_in_vain_is_refused_with_the_reason() -> None:
@@ -145,11 +164,21 @@ def test_kernels_off_is_plain_pytorch_for_every_operation() -> None:
 
 
 def test_deep_gemm_is_taken_where_it_is_installed_and_can_run() -> None:
-    with gpu((9, 0), libraries=["deep_gemm"]):
+    library = SimpleNamespace(**dict.fromkeys(backends.DEEP_GEMM))
+    with (
+        gpu((9, 0), libraries=["deep_gemm"]),
+        mock.patch.dict("sys.modules", {"deep_gemm": library}),
+    ):
         assert choose_fp8(CUDA).backend is Backend.deep_gemm
         set_kernels(KernelsConfig(fp8=Wanted.triton))
         assert choose_fp8(CUDA).backend is Backend.triton
-    set_kernels(KernelsConfig())
+        set_kernels(KernelsConfig())
+        del library.fp8_gemm_nt  # as in version 1
+        assert choose_fp8(CUDA).backend is Backend.triton
+        assert "deep_gemm lacks fp8_gemm_nt" in choose_fp8(CUDA).why
+        set_kernels(KernelsConfig())
+        with mock.patch.dict("sys.modules", {"deep_gemm": None}):
+            assert "can't be imported" in choose_fp8(CUDA).why
     with gpu((8, 9), libraries=["deep_gemm"]):
         assert choose_fp8(CUDA).backend is Backend.triton
 

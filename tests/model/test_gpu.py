@@ -159,9 +159,11 @@ def test_the_host_waits_once_for_its_device_in_a_layer(limit: int | None) -> Non
     moe = MoE(config, dim=512)
     initialise(moe, seed=3, std=0.1)
     moe.to("cuda", torch.bfloat16)
-    x = torch.randn(1, 1024, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    warm, x = torch.randn(
+        2, 1, 1024, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True
+    ).unbind()  # other tokens, other counts: nothing that follows from them is kept from before
     counted = torch.ones(1, 1024, dtype=torch.bool, device="cuda")
-    moe(x, counted).hidden.sum().backward()  # what is loaded or tuned at the first use
+    moe(warm, counted).hidden.sum().backward()  # what is loaded or tuned at the first use
     with warnings.catch_warnings(record=True) as waits:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")

@@ -34,6 +34,35 @@ def test_it_is_refused_beside_a_reduction_on_a_stream_of_its_own(tmp_path: Path)
         check_run(config, num_ranks=1)
 
 
+# Run without the shape checks of the tests, which torch.compile can't trace.
+REGION = """
+from functools import partial
+from itertools import product
+import torch, torch.nn.functional as F
+from model import compiled
+from model.ffn import gate_product
+
+torch.compile = partial(torch.compile, backend="aot_eager")
+compiled.check_compiler = lambda device: None
+compiled.compile_regions(True, device=torch.device("cpu"), dtype=torch.float32)
+shapes = [(4, 64, 96), (40, 32), (0, 32), (1, 32), (1, 1, 96)]
+for shape, has_grad in product(shapes, [True, False]):
+    gated, upped = (torch.randn(shape, requires_grad=has_grad) for _ in range(2))
+    with torch.set_grad_enabled(has_grad):
+        got = gate_product(gated, upped)
+    assert torch.equal(got, F.silu(gated) * upped), shape
+    if has_grad:
+        got.sum().backward()
+"""
+
+
+@pytest.mark.slow
+def test_a_region_takes_more_kinds_of_shapes_than_torch_makes_graphs_for_by_default() -> None:
+    """Dense rows, experts' rows, none or one of them, with and without gradients."""
+    command = [sys.executable, "-c", REGION]
+    subprocess.run(command, check=True, timeout=600, cwd=Path(__file__).parents[2])
+
+
 def train(config: RunConfig, corpus: Path) -> tuple[list[float], str]:
     """Losses of the steps, and what the run said."""
     config.data.folder = str(corpus)

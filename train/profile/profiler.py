@@ -52,8 +52,7 @@ class Profiler:
         self._step = 0  # of this start
         self._start = 0.0
         self._whole: list[float] = []  # seconds of the steps between
-        self._apart: list[Seconds] = []
-        self._documents = Documents(0, 0)  # of the steps that were taken apart
+        self._apart: list[tuple[Seconds, Documents]] = []
 
     def start_step(self) -> None:
         """Before a step reads its samples."""
@@ -71,9 +70,8 @@ class Profiler:
         if not self._is_on:
             return
         if self._step >= WARM_UPS and self._takes_apart:
-            self._apart.append(self._stopwatch.stop())
+            self._apart.append((self._stopwatch.stop(), measure_documents(batches)))
             self._stack.close()
-            self._documents = self._documents.plus(measure_documents(batches))
         elif self._step >= WARM_UPS:
             wait_for(self._ranks.device)
             self._whole.append(time.perf_counter() - self._start)
@@ -91,12 +89,16 @@ class Profiler:
         device, dtype = self._ranks.device, self._config.precision.dtype
         self._ranks.wait()  # those that share a machine find what each has when all compute
         floors = Floors(measure_matrix_rate(device, dtype.torch), measure_bandwidth(device))
-        apart = faster_half(self._apart, key=lambda seconds: sum(seconds.values()))
-        own = (mean_of_labels(apart), faster_half(self._whole, key=float), self._documents, floors)
+        apart = faster_half(self._apart, key=lambda step: sum(step[0].values()))
+        read = Documents(0, 0)  # in these very steps
+        for _, documents_of_step in apart:
+            read = read.plus(documents_of_step)
+        means = mean_of_labels([seconds for seconds, _ in apart])
+        own = (means, faster_half(self._whole, key=float), read, floors)
         seconds, whole, documents, of_ranks = zip(*self._ranks.gather(own), strict=True)
         if not self._ranks.is_first:
             return
-        share = len(self._apart) * self._ranks.count * self._ranks.ranks_per_replica
+        share = len(apart) * self._ranks.count * self._ranks.ranks_per_replica
         total = Documents(*(sum(column) / share for column in zip(*documents, strict=True)))
         profile = put_together(
             seconds,
