@@ -42,15 +42,12 @@ Layout = dict[str, Any]
 FEW: list[tuple[int, Layout]] = [
     (1, {"zero_stage": 0, "accumulation": 4, **FULL}),
     (1, {"zero_stage": 3, **FULL}),
-    (2, {"zero_stage": 1, "accumulation": 2, **CHUNKS}),
     (2, {"zero_stage": 0, "expert": 2, "accumulation": 2, **MUON}),
     (2, {"zero_stage": 2, "expert": 2, "accumulation": 2, **OFFLOAD, **FULL}),
     (2, {"zero_stage": 3, "expert": 2, **FULL}),
     (2, {"zero_stage": 1, "expert": 2, "sequence": 2, "accumulation": 2, **SELECTIVE}),
     (2, {"pipeline": 2, "pipeline_schedule": PipelineSchedule.dualpipev, "accumulation": 4}),
     (4, {"zero_stage": 1, "expert": 2, **BF16_MOMENTS}),
-    (4, {"zero_stage": 2, "expert": 2, "sequence": 2, **FULL}),
-    (2, {"zero_stage": 3, "accumulation": 2, "offload_activations": True, **OFFLOAD}),
     (4, {"pipeline": 2, "expert": 2, "accumulation": 4, **SELECTIVE, **CHUNKS}),
 ]
 
@@ -95,6 +92,9 @@ MANY: list[tuple[int, Layout]] = [
         for schedule in PipelineSchedule
         for more in ({}, FULL, MUON)
     ),
+    (2, {"zero_stage": 1, "accumulation": 2, **CHUNKS}),
+    (4, {"zero_stage": 2, "expert": 2, "sequence": 2, **FULL}),
+    (2, {"zero_stage": 3, "accumulation": 2, "offload_activations": True, **OFFLOAD}),
     (4, {"pipeline": 4, "accumulation": 8}),
     (4, {"zero_stage": 3, "expert": 2, "accumulation": 2, "offload_activations": True, **OFFLOAD}),
 ]

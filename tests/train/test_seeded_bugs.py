@@ -301,9 +301,9 @@ def test_verify_catches_the_bug_and_names_the_part(tmp_path: Path, seeded: Seede
     ("bug", "part"),
     [
         (expert_gradients_divided_twice, "routed experts"),
-        (padding_counted, "routing counts"),
         (bias_in_bf16, "routing bias"),
-        (clip_norm_counting_replicas, "global norm"),
+        pytest.param(padding_counted, "routing counts", marks=pytest.mark.slow),
+        pytest.param(clip_norm_counting_replicas, "global norm", marks=pytest.mark.slow),
     ],
 )
 def test_verify_in_bf16_catches_what_rounding_does_not_explain(
