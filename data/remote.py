@@ -95,7 +95,13 @@ class RemoteCorpus:
 
         Raises:
             OSError: It can't be read, or is not the file that was prepared.
+            ValueError: The manifest, which anybody may have written, names a place elsewhere.
         """
+        if Path(record.name).name != record.name or record.name == "..":
+            raise ValueError(
+                f"{self.url}'s {FILE} lists {record.name}, which lies outside its folder: nothing "
+                "is written there; copy the corpus there again"
+            )
         path = self.folder / record.name
         if not _is_whole(path, record):
             with hold_lock(path.with_name(f"{path.name}.lock"), waits=True):
@@ -110,7 +116,8 @@ class RemoteCorpus:
             OSError: The shard is another one than when it was first read.
         """
         self._check_tag(shard.bin)
-        assert shard.bin.num_bytes == 2 * shard.tokens or shard.bin.num_bytes == 4 * shard.tokens
+        if shard.bin.num_bytes not in (2 * shard.tokens, 4 * shard.tokens):
+            raise OSError(f"{self.url}'s {FILE} contradicts itself about {shard.bin.name}")
         code = UINT16 if shard.bin.num_bytes == 2 * shard.tokens else INT32
         return RemoteTokens(self._file(shard.bin.name), DTYPES[code])
 

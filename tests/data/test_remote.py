@@ -13,9 +13,11 @@ from data.atomic_file import write_aside
 from data.blend import SourceConfig
 from data.config import MixtureData, check_data
 from data.fim import FimConfig
+from data.manifest import FileRecord
 from data.mirror import mirror_folder
 from data.position import Position
 from data.prepare import Prepared, prepare
+from data.remote import open_remote
 from data.retry import RetryConfig
 from data.rows import Rows
 from data.training_data import TrainingData
@@ -186,3 +188,15 @@ def test_another_corpus_behind_the_url_is_not_mixed_with_the_copies_of_the_first
 def test_a_corpus_is_not_made_behind_a_url(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.folder=s3://b/c is a URL, .* in data\.sources"):
         check_data(replace(mixture(tmp_path, str(tmp_path)), folder="s3://b/c"))
+
+
+@pytest.mark.parametrize("name", ["../evil", "sub/evil", "..", "/tmp/thrifty-evil"])
+def test_a_manifest_cannot_have_a_file_written_outside_the_copys_folder(
+    url: str, tmp_path: Path, name: str
+) -> None:
+    remote = open_remote(url, mixture(tmp_path / "mixture", url))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="lies outside its folder"):
+        remote.copy(FileRecord(name, 1, "0" * 64))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not Path("/tmp/thrifty-evil.lock").exists()
