@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from model.fp8 import TILE, Quantised
+from model.fp8 import Quantised
 from model.fp8_operations import Operations
+from model.kernels.library_products import take_products
 
 
 class Padded(NamedTuple):
@@ -28,32 +29,7 @@ class Padded(NamedTuple):
 def take_deep_gemm(others: Operations, library: Any) -> Operations:
     """`others`, but for products in BF16 of widths that are multiples of 128, which `library`, the
     module `deep_gemm`, takes."""
-    return others._replace(
-        grouped_multiply=partial(_multiply, others, library),
-        grouped_multiply_transposed=partial(_multiply_transposed, others, library),
-    )
-
-
-def _multiply(
-    others: Operations, library: Any, tiles: Quantised, blocks: Quantised, **how: Any
-) -> Tensor:
-    if not _can_take(blocks, **how):
-        return others.grouped_multiply(tiles, blocks, **how)
-    return _product(library, tiles, blocks, how["counts"])
-
-
-def _multiply_transposed(
-    others: Operations, library: Any, tiles: Quantised, blocks: Quantised, **how: Any
-) -> Tensor:
-    if not _can_take(blocks, **how):
-        return others.grouped_multiply_transposed(tiles, blocks, **how)
-    turned = Quantised(*(part.mT.contiguous() for part in blocks))  # Hopper takes no other side
-    return _product(library, tiles, turned, how["counts"])
-
-
-def _can_take(blocks: Quantised, *, counts: list[int], dtype: torch.dtype) -> bool:
-    has_whole_blocks = all(width % TILE == 0 for width in blocks.values.shape[1:])
-    return sum(counts) > 0 and has_whole_blocks and dtype == torch.bfloat16
+    return take_products(others, partial(_product, library), most_experts=None)
 
 
 def _product(library: Any, tiles: Quantised, blocks: Quantised, counts: Sequence[int]) -> Tensor:

@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.dispatch import invert
+
 BLOCK = 1024  # columns of a program
 
 
@@ -46,7 +48,7 @@ class _Permute(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (order,) = ctx.saved_tensors
-        return _add_up(grad, None, _invert(order).unflatten(0, (-1, ctx.top_k))), None, None
+        return _add_up(grad, None, invert(order).unflatten(0, (-1, ctx.top_k))), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -54,7 +56,7 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, outputs: Tensor, weights: Tensor, order: Tensor) -> Tensor:
         outputs, weights = outputs.contiguous(), weights.contiguous()
         ctx.save_for_backward(outputs, weights, order)
-        return _add_up(outputs, weights, _invert(order).view_as(weights))
+        return _add_up(outputs, weights, invert(order).view_as(weights))
 
     @staticmethod
     @once_differentiable
@@ -74,12 +76,6 @@ class _Combine(torch.autograd.Function):
                 BLOCK=BLOCK,
             )
         return grad_outputs, grad_weights, None
-
-
-def _invert(permutation: Tensor) -> Tensor:
-    inverse = torch.empty_like(permutation)
-    inverse[permutation] = torch.arange(permutation.numel(), device=permutation.device)
-    return inverse
 
 
 def _add_up(rows: Tensor, weights: Tensor | None, places: Tensor) -> Tensor:

@@ -4,11 +4,9 @@
 products of BF16, so that grouped products run in fp32 there.
 """
 
-import importlib
 import math
 from collections import Counter
 from collections.abc import Callable
-from types import ModuleType
 from unittest import mock
 
 import pytest
@@ -21,22 +19,11 @@ from model.backends import Backend, Choice, KernelsConfig, Wanted, set_kernels
 from model.recompute import Recompute
 from model.router import GroupScore, RouterConfig, Score, route
 from tests.model.small import packed_batch, small_config, small_model
-from tests.model.triton_devices import DEVICES
+from tests.model.triton_devices import ON_DEVICES, kernel, randn
 
-pytestmark = [
-    pytest.mark.parametrize("device", DEVICES),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's, at NaN
-]
+pytestmark = ON_DEVICES
 
 COUNTS = [[3, 0, 140, 1], [0, 0, 0, 7], [129, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
-
-
-def kernel(name: str) -> ModuleType:
-    return importlib.import_module(f"model.kernels.{name}")
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def with_gradients(

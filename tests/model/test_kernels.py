@@ -3,12 +3,10 @@
 `pip install 'thrifty[kernels]'`; without triton these tests are skipped.
 """
 
-import importlib
 import math
 import os
 import subprocess
 import sys
-from types import ModuleType
 
 import pytest
 import torch
@@ -17,22 +15,11 @@ from torch import Tensor
 from model import fp8, fp8_linear, fp8_operations, fp8_swiglu
 from model.fp8 import Quantised, Scale
 from model.fp8_operations import REFERENCE
-from tests.model.triton_devices import DEVICES
+from tests.model.triton_devices import ON_DEVICES, kernel, randn
 
-pytestmark = [
-    pytest.mark.parametrize("device", DEVICES),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's, at NaN
-]
+pytestmark = ON_DEVICES
 
 COUNTS = [[3, 0, 70, 1], [0, 0, 0, 7], [140, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
-
-
-def kernel(name: str) -> ModuleType:
-    return importlib.import_module(f"model.kernels.{name}")
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def assert_quantised(got: Quantised, wanted: Quantised, *, ulps: int = 0) -> None:

@@ -1,8 +1,12 @@
 """Where tests run Triton's kernels: in its interpreter, or on a GPU where there is one."""
 
+import importlib
+from types import ModuleType
+
 import numpy
 import pytest
 import torch
+from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="pip install 'thrifty[kernels]'")
 
@@ -24,3 +28,16 @@ CPU = pytest.param(
     ],
 )
 DEVICES = [CPU, pytest.param("cuda", marks=pytest.mark.gpu)]
+ON_DEVICES = [
+    pytest.mark.parametrize("device", DEVICES),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's, at NaN
+]
+
+
+def kernel(name: str) -> ModuleType:
+    """Imported when it is asked for: the interpreter is chosen before."""
+    return importlib.import_module(f"model.kernels.{name}")
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
