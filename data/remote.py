@@ -97,7 +97,7 @@ class RemoteCorpus:
             OSError: It can't be read, or is not the file that was prepared.
             ValueError: The manifest, which anybody may have written, names a place elsewhere.
         """
-        if Path(record.name).name != record.name or record.name == "..":
+        if not _lies_in_folder(record.name):
             raise ValueError(
                 f"{self.url}'s {FILE} lists {record.name}, which lies outside its folder: nothing "
                 "is written there; copy the corpus there again"
@@ -184,7 +184,7 @@ class RemoteCorpus:
         """What other tools tokenized is not in the corpus' folder, so it isn't behind the URL."""
         for split in (manifest.train, manifest.validation):
             for shard in split.shards:
-                if Path(shard.name).name != shard.name:
+                if not _lies_in_folder(shard.name):
                     raise ValueError(
                         f"{self.url} only points to its shards, such as {shard.name}: corpora of "
                         "data=tokenized and data=mixture are read where they were made"
@@ -209,6 +209,10 @@ class RemoteCorpus:
             with suppress(FileNotFoundError):  # another rank may remove it too
                 if time.time() - path.stat().st_mtime > LEFT_SECONDS:
                     path.unlink()
+
+
+def _lies_in_folder(name: str) -> bool:
+    return Path(name).name == name != ".."
 
 
 def _is_whole(path: Path, record: FileRecord) -> bool:
