@@ -6,7 +6,8 @@ from pathlib import Path
 
 # What runs, times or draws measurements is none itself.
 RUNNERS = {
-    *("__main__", "gpu_check", "one_process", "rows", "timing"),
+    *("__main__", "gpu_check", "one_process", "ranks", "rows", "timing"),
+    *("balanced", "floors", "peer", "sizes"),
     *("grow_plot", "precision_plot", "profile_plot", "sweep_plot"),
 }
 

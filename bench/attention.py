@@ -14,10 +14,10 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3RotaryEmbedding,
 )
 
-from bench.floors import measure_floors, name
+from bench.floors import cases_and_floors, name
 from bench.moe import report, run
 from bench.peer import fill, peer_config
-from bench.sizes import Case, layer_cases
+from bench.sizes import Case
 from bench.timing import median_seconds, prepare
 from model.attention import attend
 from model.mla import MLA
@@ -31,14 +31,11 @@ ROUNDS = 9
 
 def main() -> None:
     device = prepare()
-    floors: dict[torch.dtype, Floors] = {}
-    for case in layer_cases(device):
-        if case.dtype not in floors:
-            floors[case.dtype] = measure_floors(device, case.dtype)
+    for case, floors in cases_and_floors(device):
         size = f"{case.batch_size} x {case.seq_len} tokens of width {case.config.dim}"
         print(f"{case.name}: {size}, {name(case.dtype)}")
-        time_layers(case, device, floors[case.dtype])
-        time_attention(case, device, floors[case.dtype])
+        time_layers(case, device, floors)
+        time_attention(case, device, floors)
 
 
 def time_layers(case: Case, device: torch.device, floors: Floors) -> None:

@@ -5,13 +5,18 @@ by its scores there. What remains of a step is the same, so that two runs differ
 """
 
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from model.router import Router, Routing
+
+if find_spec("transformers") is not None:  # ours alone are balanced without it
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+else:
+    DeepseekV3TopkRouter = ()
 
 
 def force_balance(module: nn.Module) -> None:
@@ -33,7 +38,9 @@ def _ours(router: Router, forward: Any, x: Tensor) -> Routing:
     scores = forward(x).scores
     ids = choose_in_turn(len(x), num_experts=scores.shape[1], top_k=router.top_k).to(x.device)
     weights = scores.gather(-1, ids)
-    return Routing(ids, weights / weights.sum(-1, keepdim=True) * router.config.scale, scores)
+    if router.config.renormalise:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return Routing(ids, weights * router.config.scale, scores)
 
 
 def _theirs(router: Any, forward: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

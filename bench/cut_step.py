@@ -10,89 +10,58 @@ import argparse
 import gc
 import statistics
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.util import find_spec
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bench.balanced import force_balance
 from bench.one_process import Trainee, peer_step
 from bench.rows import Row, note
+from bench.sizes import V2_LITE, Sizes
 from bench.timing import prepare, seconds
 from model.backends import KernelsConfig, Wanted, set_kernels
 from model.config import ModelConfig
 from model.cost import count_parameters, flops_per_token
-from model.mla import MLAConfig
-from model.moe import MoEConfig
-from model.router import Router, RouterConfig, Routing, Score
+from model.router import RouterConfig, Score
 from train.hardware import measure_matrix_rate
 
 WARM_UPS, ROUNDS = 3, 9
 
 
-class Sizes(NamedTuple):
-    model: ModelConfig
-    batch_size: int
-    seq_len: int
-
-
-def v2_lite(*, num_layers: int) -> ModelConfig:
-    """configs/model/v2_lite.yaml without YaRN."""
-    return ModelConfig(
-        vocab_size=102400,
-        dim=2048,
-        num_layers=num_layers,
-        ffn_dim=10944,
-        attention=MLAConfig(
-            num_heads=16,
-            q_lora_rank=None,
-            kv_lora_rank=512,
-            nope_head_dim=128,
-            rope_head_dim=64,
-            v_head_dim=128,
-        ),
-        moe=MoEConfig(
-            num_experts=64,
-            top_k=6,
-            expert_dim=1408,
-            num_shared_experts=2,
-            balance_loss_weight=0.001,
-            router=RouterConfig(score=Score.softmax, renormalise=False, bias=False),
-        ),
-    )
+# As configs/model/v2_lite.yaml has them.
+MODEL = replace(
+    V2_LITE,
+    moe=replace(
+        V2_LITE.moe,
+        balance_loss_weight=0.001,
+        router=RouterConfig(score=Score.softmax, renormalise=False, bias=False),
+    ),
+)
 
 
 def small() -> ModelConfig:
     """The same shape for a CPU."""
-    config = v2_lite(num_layers=2)
-    config.vocab_size, config.dim, config.ffn_dim = 512, 64, 96
-    config.attention.num_heads, config.attention.kv_lora_rank = 2, 32
-    config.attention.nope_head_dim = config.attention.v_head_dim = 16
-    config.attention.rope_head_dim = 8
-    config.moe.num_experts, config.moe.top_k, config.moe.expert_dim = 8, 2, 32
-    return config
+    attention = replace(
+        MODEL.attention,
+        num_heads=2,
+        kv_lora_rank=32,
+        nope_head_dim=16,
+        rope_head_dim=8,
+        v_head_dim=16,
+    )
+    moe = replace(MODEL.moe, num_experts=8, top_k=2, expert_dim=32)
+    return replace(
+        MODEL, vocab_size=512, dim=64, num_layers=2, ffn_dim=96, attention=attention, moe=moe
+    )
 
 
 def sizes_for(device: torch.device) -> Sizes:
     """18 bytes a parameter, 2.8e9 of them, and activations, in 80 GB."""
     if device.type == "cuda":
-        return Sizes(v2_lite(num_layers=5), batch_size=2, seq_len=4096)
+        return Sizes(MODEL, batch_size=2, seq_len=4096)
     return Sizes(small(), batch_size=2, seq_len=64)
-
-
-def balance(model: torch.nn.Module) -> None:
-    """Have every router give each expert equally many tokens; scores and weights stay learned."""
-    for router in model.modules():
-        if isinstance(router, Router):
-            router.register_forward_hook(_spread)
-
-
-def _spread(_router: Router, _inputs: Any, chosen: Routing) -> Routing:
-    num_experts = chosen.scores.shape[1]
-    places = torch.arange(chosen.expert_ids.numel(), device=chosen.scores.device)
-    expert_ids = (places % num_experts).view_as(chosen.expert_ids)
-    return Routing(expert_ids, chosen.scores.gather(-1, expert_ids), chosen.scores)
 
 
 def measure(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
@@ -109,7 +78,7 @@ def measure(step: Callable[[], object], device: torch.device) -> tuple[float, fl
 def measure_ours(sizes: Sizes, device: torch.device, *, is_balanced: bool) -> tuple[float, float]:
     trainee = Trainee(sizes.model, device, dtype=torch.bfloat16)
     if is_balanced:
-        balance(trainee.model)
+        force_balance(trainee.model)
     tokens = random_tokens(sizes, device, ahead=1)
     return measure(lambda: trainee.step(tokens, lr=1e-4), device)
 
@@ -117,29 +86,10 @@ def measure_ours(sizes: Sizes, device: torch.device, *, is_balanced: bool) -> tu
 def measure_theirs(sizes: Sizes, device: torch.device) -> tuple[float, float]:
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM  # it may be missing
 
-    ours = sizes.model
+    from bench.peer import their_sizes
+
     config = DeepseekV2Config(
-        vocab_size=ours.vocab_size,
-        hidden_size=ours.dim,
-        num_hidden_layers=ours.num_layers,
-        first_k_dense_replace=ours.num_dense_layers,
-        intermediate_size=ours.ffn_dim,
-        num_attention_heads=ours.attention.num_heads,
-        num_key_value_heads=ours.attention.num_heads,
-        q_lora_rank=ours.attention.q_lora_rank,
-        kv_lora_rank=ours.attention.kv_lora_rank,
-        qk_nope_head_dim=ours.attention.nope_head_dim,
-        qk_rope_head_dim=ours.attention.rope_head_dim,
-        v_head_dim=ours.attention.v_head_dim,
-        n_routed_experts=ours.moe.num_experts,
-        num_experts_per_tok=ours.moe.top_k,
-        moe_intermediate_size=ours.moe.expert_dim,
-        n_shared_experts=ours.moe.num_shared_experts,
-        topk_method="greedy",
-        n_group=1,
-        topk_group=1,
-        max_position_embeddings=sizes.seq_len,
-        use_cache=False,
+        **their_sizes(sizes.model, seq_len=sizes.seq_len), topk_method="greedy"
     )
     with torch.device(device):
         model = DeepseekV2ForCausalLM._from_config(config, experts_implementation="grouped_mm")

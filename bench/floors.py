@@ -1,7 +1,10 @@
 """Times beside the least that their work takes on this machine, as measured in the same run."""
 
+from collections.abc import Iterator
+
 import torch
 
+from bench.sizes import Case, layer_cases
 from train.hardware import measure_bandwidth, measure_matrix_rate
 from train.profile.report import Floors
 from train.profile.work import Work
@@ -15,6 +18,15 @@ def measure_floors(device: torch.device, dtype: torch.dtype) -> Floors:
         f"{floors.bytes / 1e9:,.1f} GB/s in copies"
     )
     return floors
+
+
+def cases_and_floors(device: torch.device) -> Iterator[tuple[Case, Floors]]:
+    """What single layers are measured in, and the machine's rates in those numbers."""
+    floors: dict[torch.dtype, Floors] = {}
+    for case in layer_cases(device):
+        if case.dtype not in floors:
+            floors[case.dtype] = measure_floors(device, case.dtype)
+        yield case, floors[case.dtype]
 
 
 def describe(seconds: float, work: Work, floors: Floors) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bench.one_process import Trainee
 from bench.rows import Row, note
+from bench.sizes import Sizes
 from bench.timing import prepare, seconds
 from model.config import ModelConfig
 from model.cost import count_parameters
@@ -28,12 +29,6 @@ from model.router import RouterConfig
 PEAK_LR, WARM_UP = 1e-3, 40
 COMPARED = 50  # last steps, of which the mean is taken
 GOAL = 0.0025
-
-
-class Sizes(NamedTuple):
-    model: ModelConfig
-    batch_size: int
-    seq_len: int
 
 
 def sizes_for(device: torch.device) -> Sizes:

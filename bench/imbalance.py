@@ -6,17 +6,14 @@ balanced step pays. Then a step in which every token chooses the first rank's ex
 and the bytes of tensors at the first rank's peak, without a limit and with several.
 """
 
-import os
 import statistics
-import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from bench.ranks import on_ranks
 from model.init import initialise
 from model.memory import routed_peak
 from model.moe import MoE, MoEConfig
@@ -55,10 +52,7 @@ def cpu_seconds(moe: MoE, x: torch.Tensor) -> float:
     return time.process_time() - start
 
 
-def measure(rank: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, RANKS), rank=rank, world_size=RANKS)
-    torch.manual_seed(rank)
+def measure(rank: int) -> None:
     x = torch.randn(BATCH_SIZE, SEQ_LEN, DIM, requires_grad=True)
     say = print if rank == 0 else (lambda *_: None)
     say(
@@ -101,13 +95,10 @@ def measure(rank: int, store: str) -> None:
             f"all for rank 0, limit {limit or 'none':>5}: {seconds * 1e3:4.0f} ms of CPU time, "
             f"{live.peak / 2**20:4.0f} MiB at the peak{bound}"
         )
-    dist.destroy_process_group()
 
 
 def main() -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(measure, args=(str(Path(folder) / "store"),), nprocs=RANKS)
+    on_ranks(RANKS, measure)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
 from bench.balanced import choose_in_turn, force_balance
-from bench.floors import describe, measure_floors, name
+from bench.floors import cases_and_floors, describe, name
 from bench.peer import fill, peer_config
 from bench.rows import Row, note
-from bench.sizes import Case, layer_cases
+from bench.sizes import Case
 from bench.timing import median_seconds, prepare
 from model.dispatch import Dispatcher, combine, permute
 from model.moe import MoE
@@ -28,13 +28,10 @@ ROUNDS = 7
 
 def main() -> None:
     device = prepare()
-    floors: dict[torch.dtype, Floors] = {}
-    for case in layer_cases(device):
-        if case.dtype not in floors:
-            floors[case.dtype] = measure_floors(device, case.dtype)
+    for case, floors in cases_and_floors(device):
         print(f"{case.name}: {case.tokens} tokens of width {case.config.dim}, {name(case.dtype)}")
-        time_layers(case, device, floors[case.dtype])
-        time_dispatch(case, device, floors[case.dtype])
+        time_layers(case, device, floors)
+        time_dispatch(case, device, floors)
 
 
 def time_layers(case: Case, device: torch.device, floors: Floors) -> None:

@@ -5,19 +5,16 @@ forward and backward of an MoE layer as it is, beside the same layer that waits 
 soon as it has departed, in turns.
 """
 
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from bench.ranks import on_ranks
 from model.exchange import Flight
 from model.init import initialise
 from model.moe import MoE, MoEConfig
@@ -56,10 +53,7 @@ def seconds(moe: MoE, x: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def measure(rank: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, RANKS), rank=rank, world_size=RANKS)
-    torch.manual_seed(rank)
+def measure(rank: int) -> None:
     x = torch.randn(BATCH_SIZE, SEQ_LEN, DIM, requires_grad=True)
     moe = MoE(CONFIG, dim=DIM, expert_group=dist.group.WORLD)
     initialise(moe, seed=0, std=0.02)
@@ -81,13 +75,10 @@ def measure(rank: int, store: str) -> None:
         print(
             f"beside / waiting: {statistics.median(ratios):.3f} (quartiles {low:.3f}, {high:.3f})"
         )
-    dist.destroy_process_group()
 
 
 def main() -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(measure, args=(str(Path(folder) / "store"),), nprocs=RANKS)
+    on_ranks(RANKS, measure)
 
 
 if __name__ == "__main__":

@@ -18,35 +18,43 @@ EXPERTS_IMPLEMENTATIONS = {
 
 def peer_config(config: ModelConfig, *, seq_len: int, experts: str) -> DeepseekV3Config:
     """The same sizes; RoPE over interleaved pairs, attention by torch's kernels."""
-    attention: Any = config.attention
     assert config.moe is not None
     theirs = DeepseekV3Config(
-        vocab_size=config.vocab_size,
-        hidden_size=config.dim,
-        num_hidden_layers=config.num_layers,
-        first_k_dense_replace=config.num_dense_layers,
-        intermediate_size=config.ffn_dim,
+        **their_sizes(config, seq_len=seq_len),
         initializer_range=config.init_std,
-        num_attention_heads=attention.num_heads,
-        num_key_value_heads=attention.num_heads,
-        q_lora_rank=attention.q_lora_rank,
-        kv_lora_rank=attention.kv_lora_rank,
-        qk_nope_head_dim=attention.nope_head_dim,
-        qk_rope_head_dim=attention.rope_head_dim,
-        v_head_dim=attention.v_head_dim,
-        n_routed_experts=config.moe.num_experts,
-        num_experts_per_tok=config.moe.top_k,
-        moe_intermediate_size=config.moe.expert_dim,
-        n_shared_experts=config.moe.num_shared_experts,
         routed_scaling_factor=config.moe.router.scale,
-        n_group=1,
-        topk_group=1,
-        max_position_embeddings=seq_len,
-        use_cache=False,
     )
     theirs._attn_implementation = "sdpa"
     theirs._experts_implementation = experts
     return theirs
+
+
+def their_sizes(config: ModelConfig, *, seq_len: int) -> dict[str, Any]:
+    """The sizes by the names that transformers' DeepSeek configs have for them."""
+    attention: Any = config.attention
+    assert config.moe is not None
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.num_layers,
+        "first_k_dense_replace": config.num_dense_layers,
+        "intermediate_size": config.ffn_dim,
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_heads,
+        "q_lora_rank": attention.q_lora_rank,
+        "kv_lora_rank": attention.kv_lora_rank,
+        "qk_nope_head_dim": attention.nope_head_dim,
+        "qk_rope_head_dim": attention.rope_head_dim,
+        "v_head_dim": attention.v_head_dim,
+        "n_routed_experts": config.moe.num_experts,
+        "num_experts_per_tok": config.moe.top_k,
+        "moe_intermediate_size": config.moe.expert_dim,
+        "n_shared_experts": config.moe.num_shared_experts,
+        "n_group": 1,
+        "topk_group": 1,
+        "max_position_embeddings": seq_len,
+        "use_cache": False,
+    }
 
 
 def fill(module: nn.Module, std: float) -> None:

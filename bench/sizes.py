@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from model.config import MLAModelConfig
+from model.config import MLAModelConfig, ModelConfig
 from model.mla import MLAConfig
 from model.moe import MoEConfig
 from model.router import RouterConfig
@@ -41,7 +41,17 @@ V3 = MLAModelConfig(
 )
 
 
+class Sizes(NamedTuple):
+    """What a whole step is measured in."""
+
+    model: ModelConfig
+    batch_size: int
+    seq_len: int
+
+
 class Case(NamedTuple):
+    """What a single layer is measured in."""
+
     name: str
     config: MLAModelConfig
     batch_size: int

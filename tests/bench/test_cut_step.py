@@ -1,11 +1,14 @@
 """What the benchmarks of `make gpu-check` measure is what they say."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from bench import cut_step, fp8_training
-from bench.cut_step import balance, sizes_for, v2_lite
+from bench.balanced import force_balance
+from bench.cut_step import MODEL, sizes_for
 from bench.one_process import Trainee, make_replicated
 from model.cost import count_parameters
 from model.moe import MoE
@@ -22,16 +25,16 @@ def test_forced_balance_gives_every_expert_equally_many_tokens() -> None:
             module.register_forward_hook(lambda _, __, out: loads.append(out.load))
     tokens = cut_step.random_tokens(sizes, torch.device("cpu"), ahead=1)
     natural = trainee.step(tokens, lr=1e-3)
-    balance(trainee.model)
+    force_balance(trainee.model)
     assert trainee.step(tokens, lr=1e-3) < natural, "the step before has learnt something"
     assert not (loads[0] == loads[0][0]).all()
     assert (loads[1] == loads[1][0]).all()
 
 
 def test_the_models_have_the_sizes_that_the_benchmarks_name() -> None:
-    cut = count_parameters(v2_lite(num_layers=5)).total
+    cut = count_parameters(MODEL).total
     assert 18 * cut < 52e9, "bytes of weights, masters, gradients and moments on one GPU"
-    assert count_parameters(v2_lite(num_layers=27)).total == pytest.approx(15.7e9, rel=0.01)
+    assert count_parameters(replace(MODEL, num_layers=27)).total == pytest.approx(15.7e9, rel=0.01)
     trained = fp8_training.sizes_for(torch.device("cuda")).model
     assert count_parameters(trained).total >= 100e6
 
