@@ -4,7 +4,9 @@ File systems raise what their clients do (aiohttp's errors are no OSErrors) and 
 these like; a run saves and stops at an OSError.
 """
 
-from collections.abc import Callable, Iterable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple, TypeVar
 
 import fsspec
@@ -14,6 +16,9 @@ import numpy.typing as npt
 from data.retry import within
 
 T = TypeVar("T")
+
+MOST_BETWEEN = 2**15
+"""Bytes between two ranges of a file that are fetched along: an answer's delay costs more."""
 
 
 class RemoteFile(NamedTuple):
@@ -65,20 +70,41 @@ def open_url(url: str, *, timeout: float) -> RemoteFile:
     return RemoteFile(files, path.rstrip("/"), timeout)
 
 
+class Stretch(NamedTuple):
+    """Consecutive tokens of a remote file, [stop - start]."""
+
+    start: int
+    stop: int
+    content: npt.NDArray[np.integer[Any]]
+
+
 class RemoteTokens:
-    """Slices of a remote file of tokens; those that were announced come from one request."""
+    """Slices of a remote file of tokens; what `fetch` brought here before is not asked again."""
 
     def __init__(self, file: RemoteFile, dtype: np.dtype[Any]) -> None:
         self.file, self.dtype = file, dtype
-        self._fetched: dict[tuple[int, int], bytes] = {}
+        self._fetched: list[Stretch] = []  # sorted, none inside another
 
     def __getitem__(self, where: slice) -> npt.NDArray[np.integer[Any]]:
-        size = self.dtype.itemsize
-        span = where.start * size, where.stop * size
-        content = self._fetched.get(span)
-        if content is None:
+        found = self.find(where.start, where.stop)
+        if found is None:
+            span = where.start * self.dtype.itemsize, where.stop * self.dtype.itemsize
             content = self.file.ask(lambda: self.file.files.cat_file(self.file.path, *span))
-        wanted = span[1] - span[0]
+            found = self.check(where.start, where.stop, content)
+        return found.content[where.start - found.start : where.stop - found.start]
+
+    def find(self, start: int, stop: int) -> Stretch | None:
+        """What was fetched and holds all of the tokens in [start, stop)."""
+        at = bisect_right(self._fetched, start, key=lambda held: held.start) - 1
+        return self._fetched[at] if at >= 0 and self._fetched[at].stop >= stop else None
+
+    def check(self, start: int, stop: int, content: bytes) -> Stretch:
+        """The answer to a request for the tokens in [start, stop).
+
+        Raises:
+            OSError: It is not what was asked for.
+        """
+        wanted = (stop - start) * self.dtype.itemsize
         if len(content) < wanted:
             raise OSError(f"{self.file.url} is shorter than the corpus' manifest says")
         if len(content) > wanted:
@@ -86,37 +112,66 @@ class RemoteTokens:
                 f"{self.file.url}: the server sends the whole file when it is asked for a range; "
                 "raise data.cache_bytes until all shards have a local copy, or use another server"
             )
-        return np.frombuffer(content, self.dtype)
+        return Stretch(start, stop, np.frombuffer(content, self.dtype))
 
-    def keep(self, spans: dict[tuple[int, int], bytes]) -> None:
-        """What the next slices are taken from."""
-        self._fetched = spans
+    def keep(self, stretches: list[Stretch]) -> None:
+        """What slices are taken from until `drop`."""
+        held = sorted(self._fetched + stretches, key=lambda one: (one.start, -one.stop))
+        stops = accumulate((one.stop for one in held), max, initial=0)
+        self._fetched = [one for one, stop in zip(held, stops, strict=False) if one.stop > stop]
+
+    def drop(self) -> None:
+        """Let go of all that was fetched."""
+        self._fetched = []
 
 
-def fetch(wanted: Iterable[tuple[RemoteTokens, int, int]]) -> None:
-    """Bring ranges [start, stop) of tokens here, those of one file system in one request.
+Wanted = tuple[RemoteTokens, int, int]
+"""Tokens in [start, stop) of a remote file."""
+
+
+def fetch(wanted: Iterable[Wanted]) -> None:
+    """Bring ranges of tokens here that are not here yet, those of one file system in one request.
+
+    Ranges that lie close to each other in a file become one.
 
     Raises:
         OSError: They can't be read.
     """
-    by_system: dict[int, list[tuple[RemoteTokens, int, int]]] = {}
-    for tokens, start, stop in wanted:
-        size = tokens.dtype.itemsize
-        by_system.setdefault(id(tokens.file.files), []).append((tokens, start * size, stop * size))
+    by_system: dict[int, list[Wanted]] = {}
+    for tokens, start, stop in _join(wanted):
+        by_system.setdefault(id(tokens.file.files), []).append((tokens, start, stop))
     for ranges in by_system.values():
         contents = ranges[0][0].file.ask(lambda: _cat_ranges(ranges))  # noqa: B023
-        by_file: dict[int, dict[tuple[int, int], bytes]] = {}
-        for (tokens, *span), content in zip(ranges, contents, strict=True):
-            by_file.setdefault(id(tokens), {})[span[0], span[1]] = content
-        for tokens in {id(tokens): tokens for tokens, _, _ in ranges}.values():
-            tokens.keep(by_file[id(tokens)])
+        answers = zip(ranges, contents, strict=True)
+        for tokens, answered in groupby(answers, key=lambda answer: answer[0][0]):
+            tokens.keep([tokens.check(start, stop, got) for (_, start, stop), got in answered])
 
 
-def _cat_ranges(ranges: list[tuple[RemoteTokens, int, int]]) -> list[bytes]:
+def _join(wanted: Iterable[Wanted]) -> Iterator[Wanted]:
+    """The ranges that are missing, file by file, with the gaps that cost less than a request."""
+    by_file: dict[int, list[Wanted]] = {}
+    for one in wanted:
+        by_file.setdefault(id(one[0]), []).append(one)
+    for ranges in by_file.values():
+        tokens = ranges[0][0]
+        missing = sorted((a, b) for _, a, b in ranges if tokens.find(a, b) is None)
+        gap = MOST_BETWEEN // tokens.dtype.itemsize
+        joined: list[tuple[int, int]] = []
+        for start, stop in missing:
+            if joined and start <= joined[-1][1] + gap:
+                start, last = joined.pop()
+                stop = max(stop, last)
+            joined.append((start, stop))
+        for start, stop in joined:
+            yield tokens, start, stop
+
+
+def _cat_ranges(ranges: list[Wanted]) -> list[bytes]:
+    sizes = [tokens.dtype.itemsize for tokens, _, _ in ranges]
     contents: list[bytes] = ranges[0][0].file.files.cat_ranges(
         [tokens.file.path for tokens, _, _ in ranges],
-        [start for _, start, _ in ranges],
-        [stop for _, _, stop in ranges],
+        [start * size for (_, start, _), size in zip(ranges, sizes, strict=True)],
+        [stop * size for (_, _, stop), size in zip(ranges, sizes, strict=True)],
         on_error="raise",
     )
     for content in contents:

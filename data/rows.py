@@ -12,7 +12,7 @@ import numpy.typing as npt
 from data.fim import FimSetting
 from data.gather import Gather, Tokens
 from data.mixture import Row
-from data.remote_file import RemoteTokens, fetch
+from data.remote_file import RemoteTokens, Wanted, fetch
 from data.samples import IGNORED, Sample
 from data.source import Source
 
@@ -61,7 +61,7 @@ def read_rows(
         OSError: A shard can't be read.
     """
     located = _locate(rows, sources)
-    _fetch(located)
+    _fetch(located, sources)
     dtype = np.result_type(*{sources[row.source].dtype for row in rows})
     # One piece of memory for all: many small ones go back to the system and come back as new pages.
     numbers = np.empty((3, len(rows), seq_len), np.int64)
@@ -138,19 +138,51 @@ def _locate(rows: Sequence[Row], sources: dict[str, Source]) -> list[_Located]:
     return [located[index] for index in range(len(rows))]
 
 
-def _fetch(rows: list[_Located]) -> None:
-    """Bring here what lies in remote shards, in one go."""
-    wanted = []
+def _fetch(rows: list[_Located], sources: dict[str, Source]) -> None:
+    """Bring here what lies in remote shards, instead of what earlier rows needed: in one request,
+    or two where documents are rearranged, since their first and last tokens say how."""
+    for source in sources.values():
+        assert source.stream is not None
+        source.stream.drop_fetched()
+    first: list[Wanted] = []
+    rearranged: list[tuple[_Group, int]] = []
     for group, pieces in rows:
         stream = group.source.stream
         assert stream is not None
         for k in pieces if stream.is_remote else ():
-            tokens, stop = stream.tokens(group.shards[k]), group.starts[k] + group.lengths[k]
-            if isinstance(tokens, RemoteTokens) and not group.is_rearranged[k]:
-                wanted.append((tokens, group.starts[k], stop))
-                if group.goes_on[k]:
-                    wanted.append((tokens, stop, stop + 1))
-    fetch(wanted)
+            tokens, start = stream.tokens(group.shards[k]), group.starts[k]
+            if isinstance(tokens, RemoteTokens):
+                if group.is_rearranged[k]:
+                    rearranged.append((group, k))
+                    first += _ends(group, k)
+                else:
+                    first.append((tokens, start, start + group.lengths[k] + group.goes_on[k]))
+    fetch(first)
+    fetch(wanted for group, k in rearranged for wanted in _parts(group, k))
+
+
+def _ends(group: _Group, k: int) -> list[Wanted]:
+    """The first and the last token of the document that a piece is of."""
+    block, at = group.source.find(group.places[k], group.fim)
+    start, stored = int(block.starts[at]), int(block.stored[at])
+    return _find_remote(group, [(start, start + 1), (start + stored - 1, start + stored)])
+
+
+def _parts(group: _Group, k: int) -> list[Wanted]:
+    """Where a piece of a rearranged document, and the token after it, are stored."""
+    count = group.lengths[k] + group.goes_on[k]
+    parts = group.source.parts(group.places[k], group.offsets[k], count, group.fim)
+    return _find_remote(group, [part for part in parts if not isinstance(part, int)])
+
+
+def _find_remote(group: _Group, ranges: list[tuple[int, int]]) -> list[Wanted]:
+    assert group.source.stream is not None
+    found: list[Wanted] = []
+    for start, stop in ranges:
+        tokens, place = group.source.stream.find(start)
+        assert isinstance(tokens, RemoteTokens)
+        found.append((tokens, place, place + stop - start))
+    return found
 
 
 def _find_fault(rows: list[_Located]) -> str | None:

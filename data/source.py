@@ -130,23 +130,31 @@ class Source:
         assert draw is not None
         return draw.arrange(int(block.documents[at]), first, stored - has_eos, stored)
 
-    def view(self, place: int, offset: int, count: int, fim: FimSetting) -> list[Tokens]:
-        """`count` tokens of the document at a place, as it is read, from `offset` on; to be
-        gathered by the stream."""
-        assert self.stream is not None
+    def parts(self, place: int, offset: int, count: int, fim: FimSetting) -> list[Part]:
+        """`count` tokens of the document at a place, as it is read, from `offset` on: markers, and
+        ranges of the stream."""
         block, at = self.find(place, fim)
         start = int(block.starts[at])
-        views: list[Tokens] = []
+        parts: list[Part] = []
         for part in self.arrange(place, fim):
             first, last = (0, 1) if isinstance(part, int) else part
             taken = min(last - first - offset, count)
             if taken > 0:
-                if isinstance(part, int):
-                    views.append(np.array([part], self.dtype))
-                else:
-                    views.append(self.stream.view(start + first + offset, taken))
+                begin = start + first + offset
+                parts.append(part if isinstance(part, int) else (begin, begin + taken))
                 count -= taken
             offset = max(offset - (last - first), 0)
+        return parts
+
+    def view(self, place: int, offset: int, count: int, fim: FimSetting) -> list[Tokens]:
+        """These tokens, to be gathered by the stream."""
+        assert self.stream is not None
+        views: list[Tokens] = []
+        for part in self.parts(place, offset, count, fim):
+            if isinstance(part, int):
+                views.append(np.array([part], self.dtype))
+            else:
+                views.append(self.stream.view(part[0], part[1] - part[0]))
         return views
 
     def _open_permutation(self, epoch: int) -> Permutation:

@@ -71,7 +71,8 @@ class TokenStream:
         self._borders = np.array(self._starts, np.int64)
         self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
         self._dtypes: dict[int, np.dtype[Any]] = {}  # of the shards that were opened once
-        self.tokens = lru_cache(maxsize=OPEN_SHARDS)(self._open_tokens)
+        self._tokens = lru_cache(maxsize=OPEN_SHARDS)(self._open_tokens)
+        self._afar: dict[int, RemoteTokens] = {}  # small; what a step fetches of them it drops
         self._gather = Gather()
 
     def __len__(self) -> int:
@@ -101,14 +102,26 @@ class TokenStream:
 
     def view(self, start: int, count: int) -> Tokens:
         """The tokens from a place on, all of one document, where they lie: for `gather`."""
-        number = bisect_right(self._starts, start) - 1
-        start -= self._starts[number]
-        return self.tokens(number)[start : start + count]
+        tokens, start = self.find(start)
+        return tokens[start : start + count]
+
+    def find(self, place: int) -> tuple[Tokens | RemoteTokens, int]:
+        """The shard's tokens in which a place lies, and where."""
+        number = bisect_right(self._starts, place) - 1
+        return self.tokens(number), place - self._starts[number]
 
     def locate(self, places: Numbers) -> Located:
         """The shards of many places, and where they are in them."""
         shards = np.searchsorted(self._borders, places, side="right") - 1
         return Located(shards, places - self._borders[shards])
+
+    def tokens(self, number: int) -> Tokens | RemoteTokens:
+        """A shard's tokens, [num_tokens]; the shard is checked when it is opened first."""
+        if self._remote is None or self._is_kept[number]:
+            return self._tokens(number)
+        if number not in self._afar:
+            self._afar[number] = self._remote.open(self._shards[number])
+        return self._afar[number]
 
     @property
     def is_remote(self) -> bool:
@@ -128,10 +141,16 @@ class TokenStream:
         """
         return self._gather(views)
 
+    def drop_fetched(self) -> None:
+        """Let go of what was fetched of shards without a copy."""
+        for tokens in self._afar.values():
+            tokens.drop()
+
     def close(self) -> None:
         """Let go of all shards; they are opened again when they are read."""
         self._open.cache_clear()
-        self.tokens.cache_clear()
+        self._tokens.cache_clear()
+        self._afar.clear()
 
     def find_fault(self, shards: set[int]) -> str | None:
         """What is wrong with the files of some shards, if that can be seen; of those without a
@@ -170,11 +189,8 @@ class TokenStream:
             number += 1
         return overlaps
 
-    def _open_tokens(self, number: int) -> Tokens | RemoteTokens:
-        """A shard's tokens, [num_tokens]; the shard is checked when it is opened first."""
+    def _open_tokens(self, number: int) -> Tokens:
         if self._remote is not None:
-            if not self._is_kept[number]:
-                return self._remote.open(self._shards[number])
             self._remote.copy(self._shards[number].bin)
         if number not in self._dtypes:
             self._dtypes[number] = self._open_shard(number).tokens.dtype

@@ -5,13 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pytest
 
+import data.token_stream
 from data.blend import SourceConfig
 from data.config import DataConfig, FilesData, MixtureData, read_alike
+from data.fim import FimConfig
 from data.mirror import mirror_folder
 from data.position import Position
 from data.prepare import Prepared, prepare
+from data.remote_file import MOST_BETWEEN, RemoteFile, RemoteTokens, fetch, open_url
 from data.retry import RetryConfig
 from data.rows import Rows
 from data.samples import open_samples
@@ -231,6 +235,56 @@ def test_an_answer_that_breaks_off_is_no_copy(web: WebServer, prepared: Prepared
     web.cuts_after = None
     expected = read(TrainingData(read_config(prepared.folder), seed=4))
     assert is_same(read(TrainingData(config, seed=4)), expected)
+
+
+@pytest.mark.parametrize(("rate", "most"), [(0.0, 1), (1.0, 2)])
+def test_a_step_asks_once_for_all_its_ranges_however_many_shards_and_rearranged_documents_it_has(
+    web: WebServer,
+    prepared: Prepared,
+    monkeypatch: pytest.MonkeyPatch,
+    rate: float,
+    most: int,
+) -> None:
+    monkeypatch.setattr(data.token_stream, "OPEN_SHARDS", 1)  # of more than two
+    fields: dict[str, object] = {"fim": FimConfig(rate=rate), "seq_len": 200}
+    train = TrainingData(read_config(web.url, cache_bytes=0, **fields), seed=4)
+    read(train, 40)  # what a file's ETag is, is asked when it is first read
+    rows = train.draw(train.draw(train.enter(Position()), 40).position, 40).rows
+    pieces = {(piece.place, piece.offset) for row in rows for piece in row.pieces}
+    before, requests = web.asked.total(), 0
+    ask = RemoteFile.ask
+
+    def counted(file: RemoteFile, request: Any) -> Any:
+        nonlocal requests
+        requests += 1
+        return ask(file, request)
+
+    monkeypatch.setattr(RemoteFile, "ask", counted)
+    expected = TrainingData(read_config(prepared.folder, **fields), seed=4).read(rows, 5)
+    assert is_same(train.read(rows, 5), expected)
+    assert 1 <= requests <= most
+    assert web.asked.total() - before <= len(pieces)  # near ranges are joined
+
+
+def test_ranges_that_were_fetched_are_found_whichever_of_them_came_first(web: WebServer) -> None:
+    tokens = np.arange(200_000, dtype=np.uint16)
+    (web.folder / "tokens.bin").write_bytes(tokens.tobytes())
+    remote = RemoteTokens(open_url(f"{web.url}/tokens.bin", timeout=10), tokens.dtype)
+    far = MOST_BETWEEN // tokens.itemsize + 1
+    for ranges, num_requests in [
+        ([(50, 60), (20, 30), (25, 40), (70 + far, 80 + far)], 2),
+        ([(22, 58), (71 + far, 72 + far)], 0),  # all are there, one in a gap that was filled
+        ([(10, 25), (5, 200_000)], 1),  # around all that is there
+        ([(1000, 1001), (150_000, 199_999)], 0),
+    ]:
+        before = web.asked.total()
+        fetch((remote, start, stop) for start, stop in ranges)
+        assert all((remote[a:b] == tokens[a:b]).all() for a, b in ranges)
+        assert web.asked.total() - before == num_requests
+    remote.drop()
+    before = web.asked.total()
+    assert remote[7:9].tolist() == [7, 8]
+    assert web.asked.total() == before + 1
 
 
 def test_a_server_without_ranges_is_read_where_all_is_copied_and_else_refused(
