@@ -150,6 +150,8 @@ class MixtureData(DataConfig):
     """Prepared corpora of one tokenizer, read in turns."""
 
     kind: str = "mixture"
+    #: Not used: a mixture keeps nothing of its own. (Runs begun by earlier versions name one.)
+    folder: str = ""
     #: The corpora: name (of your choice), folder, weight and max_epochs of each.
     sources: list[SourceConfig]
     #: Other weights from so many tokens on, in order: from_tokens, weights, ramp_tokens of each.
@@ -172,12 +174,12 @@ def check_data(config: DataConfig) -> None:
             f"data.kind={config.kind} does not belong to {type(config).__name__}; "
             f"choose the kind with data=NAME, NAME one of {', '.join(DATA_KINDS)}"
         )
-    if not config.folder:
+    if not config.folder and not isinstance(config, MixtureData):
         raise ValueError("data.folder is empty; name the folder that will hold the corpus")
     if is_remote(config.folder) and isinstance(config, MixtureData):
         raise ValueError(
-            f"data.folder={config.folder} is a URL, but a mixture's own folder is written; choose "
-            "a local one, and name URLs in data.sources"
+            f"data.folder={config.folder} is a URL, but a mixture has no corpus of its own; name "
+            "URLs in data.sources"
         )
     if config.cache_bytes < 0:
         raise ValueError(f"data.cache_bytes={config.cache_bytes} is negative; choose 0 or more")

@@ -78,7 +78,7 @@ class SplitRecord:
     prompt_tokens: int
     text_bytes: int
     unigram: FileRecord
-    index: FileRecord | None  # None only of a mixture's training split
+    index: FileRecord
     prompts: FileRecord | None
     shards: list[ShardRecord]
 
@@ -92,10 +92,7 @@ class SplitRecord:
     @property
     def fingerprint(self) -> str:
         """sha256 over the hashes of everything that decides what is read."""
-        hashes = [
-            self.index.sha256 if self.index else "",
-            *(shard.bin.sha256 for shard in self.shards),
-        ]
+        hashes = [self.index.sha256, *(shard.bin.sha256 for shard in self.shards)]
         return sha256(" ".join(hashes).encode()).hexdigest()
 
 
@@ -166,6 +163,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(
             f"{path} is corrupted: its content does not match its sha256; "
             "restore it, or delete the folder and prepare again"
+        )
+    if content["train"]["index"] is None:
+        raise ValueError(
+            f"{path} describes a mixture, of which earlier versions kept a folder; name its "
+            "sources instead: data=mixture data.sources=[...]"
         )
     tokenizer = content["tokenizer"]
     tokenizer["file"] = FileRecord(**tokenizer["file"])

@@ -61,10 +61,10 @@ from data.manifest import (
     write_manifest,
 )
 from data.mirror import is_remote
-from data.prepare_mixture import prepare_mixture
 from data.prepare_tokenized import prepare_tokenized
+from data.prepared_corpus import find_tokenizer, open_corpora
 from data.progress import Advance, Progress, open_progress
-from data.remote import open_remote
+from data.remote import bring_here, open_remote
 from data.report import make_report, write_report
 from data.select_corpus import Selection, select_documents
 from data.shard_pool import cut_shards, work_on_shards
@@ -86,7 +86,8 @@ class Prepared(NamedTuple):
 def prepare(config: DataConfig, *, progress: Progress | None = None) -> Prepared:
     """The corpus of `config`, prepared in `data.folder` unless it already is.
 
-    Progress goes to stderr unless told otherwise. A corpus behind a URL is only looked up.
+    Progress goes to stderr unless told otherwise. A corpus behind a URL is only looked up. Not for
+    mixtures: each of their sources is prepared by itself.
 
     Raises:
         ValueError: Settings, input or what lies in the folder is at fault; says which and what
@@ -95,9 +96,8 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Prepared
         OSError: A URL can't be reached.
     """
     check_data(config)
+    assert not isinstance(config, MixtureData), "its sources are prepared"
     folder = find_folder(config)
-    if isinstance(config, MixtureData):
-        return Prepared(folder, prepare_mixture(config), was_ready=False)
     if is_remote(config.folder):  # there nothing is made, so nothing is compared with the config
         return Prepared(folder, open_remote(config.folder, config).bring(), was_ready=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,13 +117,29 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Prepared
         return Prepared(folder, manifest, was_ready=False)
 
 
+def make_ready(config: DataConfig) -> None:
+    """What a run of `config` reads is there afterwards: its corpus, or the sources of its mixture,
+    which must be prepared already.
+
+    Raises:
+        ValueError: See `prepare` and `open_corpora`.
+        RuntimeError: See `prepare`.
+        OSError: A URL can't be reached.
+    """
+    if not isinstance(config, MixtureData):
+        prepare(config)
+        return
+    check_data(config)
+    corpora = open_corpora(config)
+    bring_here(config)
+    for corpus in corpora:
+        log.info("source %s: %s tokens", corpus.name, f"{corpus.manifest.train.tokens:,}")
+
+
 def tokenizer_path(config: DataConfig) -> Path:
-    """The corpus' own tokenizer file."""
-    if isinstance(config, MixtureData):
-        source = find_folder(config.sources[0])
-        return find_folder(config) / read_manifest(source).tokenizer.file.name
-    if is_remote(config.folder):
-        return find_folder(config) / read_manifest(find_folder(config)).tokenizer.file.name
+    """The tokenizer's file of a run's corpora, copied here if it lies behind a URL."""
+    if isinstance(config, MixtureData) or is_remote(config.folder):
+        return find_tokenizer(config)
     given = config.tokenizer.path
     return find_folder(config) / f"tokenizer{'.model' if given is None else Path(given).suffix}"
 

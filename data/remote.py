@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data.atomic_file import PARTIAL, write_aside
-from data.config import DataConfig, MixtureData
+from data.config import DataConfig, list_sources
 from data.file_lock import hold_lock
 from data.manifest import FILE, FileRecord, Manifest, ShardRecord, Split, read_manifest
 from data.mirror import is_remote, mirror_folder
@@ -37,10 +37,9 @@ def bring_here(config: DataConfig) -> None:
         ValueError: See `RemoteCorpus.bring`.
         OSError: Likewise.
     """
-    sources = config.sources if isinstance(config, MixtureData) else []
-    for folder in (config.folder, *(source.folder for source in sources)):
-        if is_remote(folder):
-            open_remote(folder, config).bring()
+    for source in list_sources(config):
+        if is_remote(source.folder):
+            open_remote(source.folder, config).bring()
 
 
 def open_remote(url: str, config: DataConfig) -> "RemoteCorpus":
@@ -69,18 +68,27 @@ class RemoteCorpus:
             ValueError: There is no corpus, or the local copies are another one's.
             OSError: What has no local copy can't be read, or is not what was prepared.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._remove_leftovers()
-        self._bring_manifest()
-        manifest = read_manifest(self.folder)
+        manifest = self.bring_manifest()
         records = [manifest.tokenizer.file, manifest.origin]
         for split in (manifest.train, manifest.validation):
             records += filter(None, (split.unigram, split.index, split.prompts))
         records += [file for shard in manifest.validation.shards for file in (shard.bin, shard.idx)]
-        self._refuse_elsewhere(manifest)
         for record in records:
-            retry(lambda: self.copy(record), self._patience, forget=self.forget)  # noqa: B023
+            self.bring_file(record)
         return manifest
+
+    def bring_manifest(self) -> Manifest:
+        """The same, but nothing else is copied."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._remove_leftovers()
+        self._bring_manifest()
+        manifest = read_manifest(self.folder)
+        self._refuse_elsewhere(manifest)
+        return manifest
+
+    def bring_file(self, record: FileRecord) -> Path:
+        """The local copy of a file, made if there is none, with patience; see `copy`."""
+        return retry(lambda: self.copy(record), self._patience, forget=self.forget)
 
     def find_kept(self, manifest: Manifest, split: Split) -> list[bool]:
         """Which shards may have a local copy: of the training split the first ones, up to the
@@ -187,7 +195,7 @@ class RemoteCorpus:
                 if not _lies_in_folder(shard.name):
                     raise ValueError(
                         f"{self.url} only points to its shards, such as {shard.name}: corpora of "
-                        "data=tokenized and data=mixture are read where they were made"
+                        "data=tokenized are read where they were made"
                     )
 
     def _download(self, record: FileRecord, path: Path) -> None:

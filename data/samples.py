@@ -5,16 +5,16 @@ targets, the last token shared with the next sample. The tail of the stream that
 left out. (What is trained on has an order of its own: `data/mixture.py`.)
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from data.config import DataConfig, find_folder
-from data.documents import MappedIndex
-from data.manifest import Split, read_manifest
-from data.mirror import is_remote
-from data.remote import bring_here, open_remote
+from data.config import DataConfig
+from data.joined_split import JoinedSplit, Part
+from data.manifest import Split
+from data.prepared_corpus import PreparedCorpus, open_corpora
 from data.retry import RetryConfig, retry
 from data.token_stream import TokenStream
 
@@ -65,49 +65,43 @@ class Samples:
 
     def __init__(
         self,
-        stream: TokenStream,
-        index: MappedIndex | None = None,
+        split: JoinedSplit,
         *,
         seq_len: int,
         mask_documents: bool,
         reset_positions: bool,
         patience: RetryConfig | None = None,
     ) -> None:
-        """`index` is needed where documents have prompts; without `patience` a read that fails is
-        not tried again."""
-        self.num_samples = (len(stream) - 1) // seq_len
+        """Without `patience` a read that fails is not tried again."""
+        self.num_samples = (len(split) - 1) // seq_len
         if self.num_samples < 1:
             raise ValueError(
-                f"data.seq_len={seq_len} needs {seq_len + 1} tokens, the split has {len(stream)}; "
+                f"data.seq_len={seq_len} needs {seq_len + 1} tokens, the split has {len(split)}; "
                 "choose a shorter data.seq_len, more data or another data.validation_fraction"
             )
         self.seq_len = seq_len
-        self.tokenizer = stream.tokenizer
-        self._stream = stream
-        self._index = index
+        self.tokenizer = split.tokenizer
+        self._split = split
         self._mask_documents = mask_documents
         self._reset_positions = reset_positions
         self._patience = patience or RetryConfig(attempts=1)
 
     def __getitem__(self, number: int) -> Sample:
         """Raises OSError where a shard can't be read, often enough in a row; it is named."""
-        return retry(lambda: self._read(number), self._patience, forget=self._stream.close)
+        return retry(lambda: self._read(number), self._patience, forget=self._split.close)
 
     def _read(self, number: int) -> Sample:
         assert 0 <= number < self.num_samples
         start = number * self.seq_len
         stop = start + self.seq_len + 1
         sample = pack(
-            self._stream.read(start, stop),
-            [place - start for place in self._stream.document_starts(start + 1, stop)],
+            self._split.read(start, stop),
+            [place - start for place in self._split.document_starts(start + 1, stop)],
             mask_documents=self._mask_documents,
             reset_positions=self._reset_positions,
         )
-        if self._index is not None:
-            spans = self._index.find(self._index.find_overlapping(start, stop))
-            ends = spans.starts + spans.prompts - 1 - start
-            for first, end in zip((spans.starts - start).tolist(), ends.tolist(), strict=True):
-                sample.targets[max(first, 0) : max(end, 0)] = IGNORED
+        for first, end in self._split.prompts(start, stop):
+            sample.targets[max(first - start, 0) : max(end - 1 - start, 0)] = IGNORED
         return sample
 
     def padding(self) -> Sample:
@@ -122,29 +116,34 @@ class Samples:
 
 
 def open_samples(config: DataConfig, *, tokenizer_fingerprint: str | None = None) -> Samples:
-    """The validation split of the prepared corpus of `config`.
+    """The validation splits of the prepared corpora of `config`, one after another. What lies
+    behind a URL is copied when it is read.
 
     Raises:
-        ValueError: See `TokenStream`, `Samples` and `RemoteCorpus.bring`.
+        ValueError: See `open_corpora`, `TokenStream` and `Samples`.
         OSError: What lies behind a URL can't be read, and has no local copy.
     """
-    bring_here(config)
-    folder = find_folder(config)
-    stream = TokenStream(
-        folder,
-        Split.validation,
-        verify=config.verify,
-        tokenizer_fingerprint=tokenizer_fingerprint,
-        remote=open_remote(config.folder, config) if is_remote(config.folder) else None,
-    )
-    record = read_manifest(folder).validation
-    index = None
-    if record.prompts is not None:
-        assert record.index is not None
-        index = MappedIndex(folder / record.index.name, folder / record.prompts.name)
+    corpora = open_corpora(config)
+    return join_held_out(corpora, config, tokenizer_fingerprint=tokenizer_fingerprint)
+
+
+def join_held_out(
+    corpora: Sequence[PreparedCorpus], config: DataConfig, *, tokenizer_fingerprint: str | None
+) -> Samples:
+    """The same, of opened corpora."""
+    parts = []
+    for corpus in corpora:
+        stream = TokenStream(
+            corpus.folder,
+            Split.validation,
+            verify=config.verify,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            remote=corpus.remote,
+        )
+        has_prompts = corpus.manifest.validation.prompts is not None
+        parts.append(Part(stream, corpus.open_index(Split.validation) if has_prompts else None))
     return Samples(
-        stream,
-        index,
+        JoinedSplit(parts),
         seq_len=config.seq_len,
         mask_documents=config.mask_documents,
         reset_positions=config.reset_positions,

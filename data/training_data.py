@@ -5,15 +5,13 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from data.blend import Blend, SourceConfig
-from data.config import DataConfig, MixtureData, find_folder, list_sources
-from data.documents import MappedIndex
+from data.config import DataConfig, MixtureData, list_sources
 from data.fim import FimSetting
 from data.gather import Gather
-from data.manifest import Split, read_manifest
-from data.mirror import is_remote
+from data.manifest import Split
 from data.mixture import Drawn, Mixture, Row
 from data.position import Position, SourcePosition
-from data.remote import open_remote
+from data.prepared_corpus import PreparedCorpus, open_corpora
 from data.retry import retry
 from data.rows import Rows, read_rows
 from data.source import Source
@@ -33,7 +31,10 @@ class TrainingData:
         self._gather = Gather()
         self._identities: dict[str, str] = {}
         wanted = list_sources(config)
-        sources = [self._open(source) for source in wanted]
+        sources = [
+            self._open(source, corpus)
+            for source, corpus in zip(wanted, open_corpora(config), strict=True)
+        ]
         stages = config.stages if isinstance(config, MixtureData) else []
         weights = {source.name: source.weight for source in wanted}
         self.mixture = Mixture(
@@ -101,13 +102,9 @@ class TrainingData:
         noted = {"samples": position.samples, **settings}
         return replace(position, sources=sources, blends=(*position.blends, noted))
 
-    def _open(self, source: SourceConfig) -> Source:
-        folder, remote = find_folder(source), None
-        if is_remote(source.folder):
-            remote = open_remote(source.folder, self._config)
-            remote.bring()
-        stream = TokenStream(folder, Split.train, verify=self._config.verify, remote=remote)
-        manifest = read_manifest(folder)
+    def _open(self, source: SourceConfig, corpus: PreparedCorpus) -> Source:
+        folder, manifest = corpus.folder, corpus.manifest
+        stream = TokenStream(folder, Split.train, verify=self._config.verify, remote=corpus.remote)
         self._identities[source.name] = manifest.train.fingerprint
         record, tokenizer, fim = manifest.train, manifest.tokenizer, self._config.fim
         if fim.rate > 0 and tokenizer.fim is None:
@@ -115,13 +112,11 @@ class TrainingData:
                 f"data.fim.rate={fim.rate} needs markers that the tokenizer of {folder} lacks; "
                 "train one here, use one with FIM tokens, or set data.fim.rate=0"
             )
-        assert record.index is not None, "no source is itself a mixture"
         if record.tokens == 0:
             raise ValueError(f"the corpus in {folder} has no token to train on; leave it out")
-        prompts = None if record.prompts is None else folder / record.prompts.name
         return Source(
             source.name,
-            MappedIndex(folder / record.index.name, prompts),
+            corpus.open_index(Split.train),
             stream,
             seed=self._seed,
             max_epochs=source.max_epochs,

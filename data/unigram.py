@@ -36,7 +36,12 @@ def count_tokens(shards: Iterable[Path], *, vocab_size: int) -> Counts:
 
 def read_unigram(folder: Path, split: Split) -> Counts:
     """The counts that `prepare` kept for one split, [vocab_size]."""
-    counts: Counts = np.load(folder / read_manifest(folder).split(split).unigram.name)
+    return load_counts(folder / read_manifest(folder).split(split).unigram.name)
+
+
+def load_counts(path: Path) -> Counts:
+    """The counts in a file, [vocab_size]."""
+    counts: Counts = np.load(path)
     return counts
 
 

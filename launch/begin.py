@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.blend import SourceConfig
-from data.config import DataConfig, MixtureData, find_folder
+from data.config import MixtureData, find_folder
 from data.mirror import is_remote
-from data.prepare import prepare
+from data.prepare import make_ready
 from launch.grow_on_resume import grow_on_resume
 from launch.run_folder import hold_folder, prepare_folder, take_up
 from launch.settings.compose import Job, to_config
@@ -33,9 +32,8 @@ def settle(job: Job) -> LaunchedRun:
         config = take_up(config, job.overrides)
     check_launched(config)
     # Later commands may come from elsewhere; they read where the corpus is in the run's config.
-    sources = config.data.sources if isinstance(config.data, MixtureData) else []
-    folders: list[DataConfig | SourceConfig] = [config.data, *sources]
-    for each in folders:
+    corpora = config.data.sources if isinstance(config.data, MixtureData) else [config.data]
+    for each in corpora:
         if not is_remote(each.folder):
             each.folder = str(find_folder(each).absolute())
     if not isinstance(config.launch, LocalLaunch):  # ranks elsewhere start in other folders
@@ -57,6 +55,6 @@ def begin(config: LaunchedRun) -> Iterator[Path]:
         config = grow_on_resume(config)
         for change in prepare_folder(config):
             log.info("changed since the last start: %s", change)
-        prepare(config.data)
+        make_ready(config.data)
         log.info("run folder: %s", run_dir)
         yield run_dir

@@ -7,10 +7,8 @@ from enum import StrEnum
 from pathlib import Path
 
 from data.atomic_file import write_aside
-from data.config import find_folder
-from data.manifest import read_manifest
 from data.position import Position
-from data.remote import bring_here
+from data.prepared_corpus import find_tokenizer
 from data.tokenizer import load_tokenizer
 from data.training_data import TrainingData
 from launch.html_page import bars, table, write_html
@@ -70,9 +68,7 @@ def look_job(job: Job) -> ExitCode:
 def show(config: LookConfig, run_dir: Path) -> tuple[str, str, str]:
     """Title, text and body of a page of one step's samples."""
     data = read_config(run_dir / CONFIG_FILE, RunConfig).data
-    bring_here(data)
-    folder = find_folder(data)
-    tokenizer = load_tokenizer(folder / read_manifest(folder).tokenizer.file.name)
+    tokenizer = load_tokenizer(find_tokenizer(data))
     samples = describe_samples(config.step, read_step(run_dir, config.step), tokenizer)
     title = f"Step {config.step} of {run_dir}"
     return title, print_samples(samples), render_samples(samples)

@@ -5,7 +5,7 @@ import sys
 
 from data.config import MixtureData, find_folder
 from data.mirror import is_remote
-from data.prepare import prepare
+from data.prepare import make_ready, prepare
 from data.report import describe_report, describe_sources, read_report
 from launch.settings.compose import Job, run_jobs, to_config, worst
 from launch.settings.config import LaunchedRun, check_launched
@@ -27,10 +27,10 @@ def prepare_job(job: Job) -> ExitCode:
             f"data.folder={config.data.folder} is a URL, but corpora are made in local folders; "
             "prepare it in one, and copy that to the URL, where thrifty train reads it"
         )
-    prepared = prepare(config.data)
     if isinstance(config.data, MixtureData):
+        make_ready(config.data)
         print(describe_sources({one.name: find_folder(one) for one in config.data.sources}))
-    elif (report := read_report(prepared.folder)) is not None:
+    elif (report := read_report(prepare(config.data).folder)) is not None:
         print(describe_report(report))
     return ExitCode.FINISHED
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.batches import Batch
-from data.config import find_folder, read_alike
-from data.samples import open_samples
+from data.config import read_alike
+from data.held_out import open_held_out
 from model.transformer import Sums
 from train.checkpoint.restore import restore
 from train.ema import Weights
@@ -33,7 +33,7 @@ def evaluate_run(config: EvaluateConfig) -> Evaluation:
     """Loss, perplexity and bits per byte of the run's model on its validation split.
 
     Raises:
-        ValueError: See `restore` and `open_samples`.
+        ValueError: See `restore` and `open_held_out`.
     """
     if config.max_sequences is not None and config.max_sequences < 1:
         raise ValueError(
@@ -44,10 +44,7 @@ def evaluate_run(config: EvaluateConfig) -> Evaluation:
     data, device = restored.config.data, ranks.device
     if config.corpus is not None:
         data = read_alike(data, config.corpus)
-    samples = open_samples(
-        data,
-        tokenizer_fingerprint=restored.tokenizer.fingerprint,
-    )
+    held_out = open_held_out(data, tokenizer_fingerprint=restored.tokenizer.fingerprint)
 
     def forward(batch: Batch) -> Sums:
         return restored.model(
@@ -61,12 +58,10 @@ def evaluate_run(config: EvaluateConfig) -> Evaluation:
     try:
         return evaluate(
             forward,
-            samples,
-            corpus=find_folder(data),
+            held_out,
             ranks=ranks,
             micro_batch_size=restored.config.parallel.micro_batch_size,
             max_sequences=config.max_sequences,
-            are_documents_masked=data.mask_documents,
         )
     except DataError as error:
         raise OSError("; ".join(error.failures.values())) from error

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor
 
 from data.batches import Batch, validation_batches
-from data.manifest import Split, read_manifest
-from data.samples import IGNORED, Samples
-from data.unigram import read_unigram, unigram_cross_entropy
+from data.held_out import HeldOut
+from data.samples import IGNORED
+from data.unigram import unigram_cross_entropy
 from model.transformer import Sums
 from train.ranks import Ranks
 from train.read import read_together
@@ -57,42 +56,38 @@ class Measured(NamedTuple):
 
 def evaluate(
     forward: Callable[[Batch], Sums],
-    samples: Samples,
+    held_out: HeldOut,
     *,
-    corpus: Path,
     ranks: Ranks,
     micro_batch_size: int,
     max_sequences: int | None,
-    are_documents_masked: bool,
 ) -> Evaluation:
-    """The evaluation over all ranks' shares of the validation split; the same on every rank.
+    """The evaluation over all ranks' shares of the held-out text; the same on every rank.
 
     Raises:
         DataError: A share can't be read; on all ranks.
     """
     batches = validation_batches(
-        samples,
+        held_out.samples,
         rank=ranks.replica,
         world=ranks.num_replicas,
         micro_batch_size=micro_batch_size,
         limit=max_sequences,
     )
-    train_counts = read_unigram(corpus, Split.train)
-    share = _measure(forward, read_together(batches, ranks), vocab_size=len(train_counts))
+    vocab_size = len(held_out.train_counts)
+    share = _measure(forward, read_together(batches, ranks), vocab_size=vocab_size)
     shares = ranks.gather(share)
     every_rank = np.sum([share.target_counts for share in shares], axis=0)
     target_counts = every_rank // ranks.ranks_per_replica
     targets = int(target_counts.sum())
     loss = sum(share.nats for share in shares) / targets
-    record = read_manifest(corpus).validation
-    predicted = record.count_predicted(are_documents_masked=are_documents_masked)
-    predicted_per_byte = predicted / record.text_bytes
+    predicted_per_byte = held_out.predicted / held_out.text_bytes
     return Evaluation(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
         bits_per_byte=loss / math.log(2) * predicted_per_byte,
         targets=targets,
-        unigram_entropy=unigram_cross_entropy(train_counts, target_counts),
+        unigram_entropy=unigram_cross_entropy(held_out.train_counts, target_counts),
     )
 
 

@@ -13,6 +13,7 @@ class Progress:
     targets: int = 0  # tokens that were predicted
     skipped: int = 0  # steps whose gradients were not finite
     skipped_in_a_row: int = 0
+    held_out: str = ""  # fingerprint of the text that evaluations are of
     without_fp8: list[str] = field(default_factory=list)  # layers that drifted too far in it
 
     def advance(self, data: Position, targets: int, *, is_applied: bool) -> None:

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from data.batches import Batches
-from data.config import Verify, find_folder
-from data.manifest import read_manifest
+from data.config import Verify
+from data.held_out import open_held_out
 from data.remote import bring_here
-from data.samples import open_samples
 from data.training_data import TrainingData
 from model.backends import choose_all, describe
 from model.cost import count_parameters
@@ -57,18 +56,16 @@ class Run:
         self.ranks = ranks
         self.run_dir = Path(config.run_dir)
         bring_here(config.data)  # where a node has a disk of its own
-        self.corpus = find_folder(config.data)
-        self.tokenizer = read_manifest(self.corpus).tokenizer
-        if self.tokenizer.size > config.model.vocab_size:
-            raise ValueError(
-                f"model.vocab_size={config.model.vocab_size} is smaller than the "
-                f"{self.tokenizer.size} entries of the tokenizer in {self.corpus}; "
-                "choose at least that many"
-            )
         # The first rank reads the whole corpus once to check it; the others trust its word.
         trusting = replace(config.data, verify=Verify.fast)
         data = config.data if ranks.is_first else trusting
-        self.validation = open_samples(trusting)
+        self.held_out = open_held_out(trusting)
+        self.tokenizer = self.held_out.samples.tokenizer
+        if self.tokenizer.size > config.model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size={config.model.vocab_size} is smaller than the "
+                f"{self.tokenizer.size} entries of the corpus' tokenizer; choose at least that many"
+            )
         self.training = TrainingData(data, seed=config.seed)
         self.batches = Batches(
             self.training,
@@ -92,6 +89,7 @@ class Run:
         self._beginning = resumption.begin(self.checkpoints, self.ema)
         self.progress = self._beginning.progress
         self.progress.data = self.training.enter(self.progress.data)
+        self._note_held_out()
         self.drift = DriftMonitor(config.precision.drift, self.engine.model, self.progress, ranks)
         self.profiler = Profiler(
             config,
@@ -142,12 +140,10 @@ class Run:
         try:
             evaluation = evaluate(
                 self.engine.forward,
-                self.validation,
-                corpus=self.corpus,
+                self.held_out,
                 ranks=self.ranks,
                 micro_batch_size=self.config.parallel.micro_batch_size,
                 max_sequences=self.config.evaluation.max_sequences,
-                are_documents_masked=self.config.data.mask_documents,
             )
         except DataError:
             self.save(journal, is_last=True)
@@ -208,6 +204,17 @@ class Run:
             DisagreementError: Ranks disagree.
         """
         check_agreement(self.engine, self.progress, self._described, self.ranks)
+
+    def _note_held_out(self) -> None:
+        """Say so where evaluations are no longer of the text that they were of so far."""
+        before, now = self.progress.held_out, self.held_out.fingerprint
+        if before not in ("", now) and self.ranks.is_first:
+            log.warning(
+                "the held-out text is another one than before (%s, was %s): evaluations up to step "
+                "%d and after it can't be compared",
+                *(now[:12], before[:12], self.progress.step),
+            )
+        self.progress.held_out = now
 
     def _show_backends(self) -> None:
         """Which implementation each operation takes, printed by the first rank."""

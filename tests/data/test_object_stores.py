@@ -12,9 +12,11 @@ import data.token_stream
 from data.blend import SourceConfig
 from data.config import DataConfig, FilesData, MixtureData, read_alike
 from data.fim import FimConfig
+from data.held_out import open_held_out
 from data.mirror import mirror_folder
 from data.position import Position
-from data.prepare import Prepared, prepare
+from data.prepare import Prepared, make_ready, prepare, tokenizer_path
+from data.remote import bring_here
 from data.remote_file import MOST_BETWEEN, RemoteFile, RemoteTokens, fetch, open_url
 from data.retry import RetryConfig
 from data.rows import Rows
@@ -186,6 +188,7 @@ def test_a_run_starts_from_its_copies_while_the_server_is_away(
     store: Store, prepared: Prepared, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = read_config(store.url)
+    prepare(config)  # as every start does
     expected = read(TrainingData(config, seed=4))
     store.leave()
     assert prepare(config).manifest == prepared.manifest
@@ -208,6 +211,7 @@ def test_without_copies_a_server_that_is_away_is_named(store: Store) -> None:
 def test_processes_of_a_node_copy_each_file_once(web: WebServer, prepared: Prepared) -> None:
     def read_all() -> int:
         config = read_config(web.url)
+        bring_here(config)
         open_samples(config)
         return len(read(TrainingData(config, seed=4)))
 
@@ -216,6 +220,23 @@ def test_processes_of_a_node_copy_each_file_once(web: WebServer, prepared: Prepa
     copied = {path.name: path.stat().st_size for path in copies(read_config(web.url), "*.*")}
     for name in (*(shard.bin.name for shard in prepared.manifest.train.shards), "tokenizer.model"):
         assert web.sent[name] == copied[name] == (prepared.folder / name).stat().st_size
+
+
+def test_only_what_is_read_of_a_corpus_is_copied(web: WebServer, prepared: Prepared) -> None:
+    config = read_config(web.url)
+    assert tokenizer_path(config).read_bytes() == (prepared.folder / "tokenizer.model").read_bytes()
+    assert web.asked.keys() == {"manifest.json", "tokenizer.model"}
+    assert len(prepared.manifest.validation.shards) > 1
+    open_samples(config)[0]
+    first = prepared.manifest.validation.shards[0]
+    assert {name for name in web.asked if "validation" in name} == {first.bin.name, first.idx.name}
+    mixture = MixtureData(
+        sources=[
+            SourceConfig(name="near", folder=str(prepared.folder), weight=1),
+            SourceConfig(name="far", folder="http://127.0.0.1:9/none", weight=1),
+        ]
+    )
+    assert tokenizer_path(mixture) == prepared.folder / "tokenizer.model"
 
 
 def test_a_server_that_does_not_answer_is_given_up(web: WebServer) -> None:
@@ -310,15 +331,25 @@ def test_an_unknown_scheme_is_named() -> None:
 
 def test_another_corpus_is_read_alike_without_the_mixtures_sources(web: WebServer) -> None:
     sources = [SourceConfig(name="gone", folder="http://127.0.0.1:9/none", weight=1)]
-    mixture = MixtureData(folder="mixture", sources=sources, seq_len=40, retry=HASTE)
+    mixture = MixtureData(sources=sources, seq_len=40, retry=HASTE)
     assert open_samples(read_alike(mixture, web.url)).num_samples > 2
 
 
-def test_a_mixture_that_was_made_on_another_node_brings_its_sources_held_out_text(
-    web: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_nodes_may_keep_a_mixtures_copies_in_different_places(
+    web: WebServer, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sources = [SourceConfig(name="far", folder=web.url, weight=1)]
-    config = MixtureData(folder=str(tmp_path / "mix"), sources=sources, seq_len=40, retry=HASTE)
-    prepare(config)
-    shutil.rmtree(tmp_path / "cache")  # a node with a disk of its own, at the same path
-    assert open_samples(config).num_samples > 2
+    sources = [
+        SourceConfig(name="far", folder=web.url, weight=1),
+        SourceConfig(name="near", folder=str(prepared.folder), weight=1),
+    ]
+    config = MixtureData(sources=sources, seq_len=40, retry=HASTE)
+    make_ready(config)
+    here = open_held_out(config)
+    (tmp_path / "cache").rename(tmp_path / "unmounted")  # that was the first node's disk
+    monkeypatch.setenv("THRIFTY_CACHE", str(tmp_path / "elsewhere"))
+    there = open_held_out(config)
+    assert there.fingerprint == here.fingerprint
+    assert there.samples.num_samples > open_samples(read_config(web.url)).num_samples
+    is_read = (there.samples[k].tokens.size for k in range(there.samples.num_samples))
+    assert sum(is_read) == 40 * there.samples.num_samples
+    assert not (tmp_path / "cache").exists()

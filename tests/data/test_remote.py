@@ -16,7 +16,7 @@ from data.fim import FimConfig
 from data.manifest import FileRecord
 from data.mirror import mirror_folder
 from data.position import Position
-from data.prepare import Prepared, prepare
+from data.prepare import Prepared, make_ready
 from data.remote import open_remote
 from data.retry import RetryConfig
 from data.rows import Rows
@@ -62,7 +62,7 @@ def test_a_remote_source_reads_as_a_local_one_and_keeps_to_the_bound(
     sizes = [shard.bin.num_bytes for shard in prepared.manifest.train.shards]
     assert len(sizes) > 2
     config = mixture(tmp_path / "mixture", url, cache_bytes=int(share * sum(sizes)))
-    prepare(config)
+    make_ready(config)
     local = mixture(tmp_path / "local", str(prepared.folder))
     for got, expected in zip(read(config), read(local), strict=True):
         assert (got.tokens == expected.tokens).all()
@@ -78,7 +78,7 @@ def test_a_remote_shard_that_vanishes_is_tried_again_and_then_named(
 ) -> None:
     patience = RetryConfig(attempts=2, wait_seconds=0.001)
     config = mixture(tmp_path / "mixture", url, cache_bytes=0, retry=patience)
-    prepare(config)
+    make_ready(config)
     files, root = fsspec.url_to_fs(url)
     for path in files.glob(f"{root}/train-*.bin"):
         files.rm(path)
@@ -97,7 +97,7 @@ def test_a_fault_beside_remote_shards_is_named_and_not_their_missing_copies(
         tmp_path / "mixture", url, cache_bytes=0, retry=patience, fim=FimConfig(rate=rate)
     )
     config.sources.append(SourceConfig(name="b", folder=str(near), weight=1))
-    prepare(config)
+    make_ready(config)
     data = TrainingData(config, seed=4)
     rows = data.draw(data.enter(Position()), 60).rows
     data.read(rows, 60)
@@ -110,7 +110,7 @@ def test_a_fault_beside_remote_shards_is_named_and_not_their_missing_copies(
 def test_a_copy_that_is_not_what_was_prepared_is_refused(url: str, tmp_path: Path) -> None:
     patience = RetryConfig(attempts=2, wait_seconds=0.001)
     config = mixture(tmp_path / "mixture", url, retry=patience)
-    prepare(config)
+    make_ready(config)
     files, root = fsspec.url_to_fs(url)
     content = files.cat_file(f"{root}/train-00000.bin")
     files.pipe_file(f"{root}/train-00000.bin", bytes(2) + content[2:])
@@ -139,7 +139,7 @@ def test_a_clients_own_error_is_one_that_a_run_is_saved_at(
 
     config = mixture(tmp_path / "mixture", url, cache_bytes=cache_bytes)
     config.retry = RetryConfig(attempts=2, wait_seconds=0.001)
-    prepare(config)
+    make_ready(config)
     files, _ = fsspec.url_to_fs(url)
     with (
         mock.patch.object(type(files), method, fail),
@@ -169,7 +169,7 @@ def test_copies_that_were_cut_off_are_removed_but_not_one_that_is_being_made(
     left.touch()
     made.touch()
     os.utime(left, (0, 0))
-    prepare(mixture(tmp_path / "mixture", url))
+    make_ready(mixture(tmp_path / "mixture", url))
     assert not left.exists()
     assert made.exists()
 
@@ -178,7 +178,7 @@ def test_another_corpus_behind_the_url_is_not_mixed_with_the_copies_of_the_first
     url: str, tmp_path: Path
 ) -> None:
     config = mixture(tmp_path / "mixture", url)
-    prepare(config)
+    make_ready(config)
     files, root = fsspec.url_to_fs(url)
     files.pipe_file(f"{root}/manifest.json", files.cat_file(f"{root}/manifest.json") + b"\n")
     with pytest.raises(ValueError, match=r"cache/corpus-.* holds copies of another .* delete the"):

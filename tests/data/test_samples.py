@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.config import Verify
+from data.joined_split import JoinedSplit, Part
 from data.manifest import Split
 from data.prepare import Prepared
 from data.samples import IGNORED, Samples, pack
@@ -41,7 +42,7 @@ def stream(prepared: Prepared) -> TokenStream:
 
 def open_train(stream: TokenStream, seq_len: int = 32) -> Samples:
     return Samples(
-        stream,
+        JoinedSplit([Part(stream)]),
         seq_len=seq_len,
         mask_documents=True,
         reset_positions=True,
@@ -74,7 +75,7 @@ def test_a_sample_equals_a_loop_over_its_tokens(
     seq_len: int,
 ) -> None:
     samples = Samples(
-        stream,
+        JoinedSplit([Part(stream)]),
         seq_len=seq_len,
         mask_documents=mask_documents,
         reset_positions=reset_positions,

@@ -118,8 +118,7 @@ def test_stats_count_lengths_shares_and_duplicates(
 
 def test_a_sources_name_is_text_on_the_page(run: RunConfig, tmp_path: Path) -> None:
     sources = [SourceConfig(name="<script>", folder=run.data.folder, weight=1)]
-    data = MixtureData(folder=str(tmp_path / "mixture"), sources=sources, seq_len=64)
-    prepare(data)
+    data = MixtureData(sources=sources, seq_len=64)
     config = replace(run, run_dir=str(tmp_path / "run"), data=data)
     write_config(config, _folder(config) / "config.yaml")
     page = tmp_path / "page.html"

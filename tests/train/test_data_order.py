@@ -88,12 +88,10 @@ def config_of(folder: Path, corpora: dict[str, Path], phase: Phase, *, steps: in
         for name, weight in phase.weights.items()
     ]
     data = MixtureData(
-        folder=str(folder / "mixture"),
         sources=sources,
         seq_len=phase.seq_len,
         packing=phase.packing,
     )
-    prepare(data)
     model = tiny_model(num_layers=1, moe=None, mtp=replace(tiny_model().mtp, depth=0))
     config = tiny_run(folder, data=data, model=model, parallel=ParallelConfig(micro_batch_size=1))
     config.schedule.steps, config.schedule.batch_size = steps, phase.batch_size

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from data.batches import validation_batches
 from data.samples import IGNORED, open_samples
 from model.config import MTPConfig
+from tests.data.web_server import serve
 from tests.ranks import run_ranks
 from tests.train.tiny import tiny_run
 from train.checkpoint.restore import restore
@@ -19,6 +20,7 @@ from train.config import CONFIG_FILE, RunConfig, write_config
 from train.engine.engine import join
 from train.evaluate_run import EvaluateConfig, evaluate_run
 from train.generate import GenerateConfig, Writer, read_prompts
+from train.hub.gate import real_tokens
 from train.journal import read_records
 from train.layout.parallel import ParallelConfig
 from train.loop import train as train_run
@@ -57,6 +59,21 @@ def test_pieces_join_to_the_decoded_text_and_a_seed_repeats_it(config: RunConfig
     assert list(Writer(ask(config, prompts=["def "])).write()) == [text]
     assert writer.effort.tokens <= 32
     assert writer.effort.tokens_per_pass == 1
+
+
+def test_a_run_whose_corpus_lies_behind_a_url_writes_with_its_tokenizer_alone(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THRIFTY_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "checkpoints").symlink_to(Path(config.run_dir) / "checkpoints")
+    text = list(Writer(ask(config, prompts=["def "])).write())
+    with serve(Path(config.data.folder)) as web:
+        data = replace(config.data, folder=web.url)
+        write_config(replace(config, run_dir=str(tmp_path), data=data), tmp_path / CONFIG_FILE)
+        assert list(Writer(ask(config, run_dir=str(tmp_path), prompts=["def "])).write()) == text
+        assert len(web.asked) == 2, "its manifest and its tokenizer"
+        assert real_tokens(data).equal(real_tokens(config.data))  # what `export` looks at besides
+        assert not any("train" in name or "documents" in name for name in web.asked)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

@@ -65,7 +65,6 @@ def config(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run
     )
     prepare(other)
     config.data = MixtureData(
-        folder=str(tmp_path / "mixture"),
         sources=[
             SourceConfig(name="a", folder=f"file://{corpus}", weight=0.6),
             SourceConfig(name="b", folder=other.folder, weight=0.4),
@@ -73,7 +72,6 @@ def config(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run
         seq_len=16,
         cache_bytes=0,
     )
-    prepare(config.data)
     Path(config.run_dir).mkdir()
     return config
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 from torch import nn
 
 from data.prepare import tokenizer_path
-from data.remote import bring_here
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.backends import set_kernels
 from model.transformer import Transformer
@@ -37,7 +36,6 @@ def restore(
     checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep)
     manifest = checkpoints.choose(ranks, step=step)
     check_average(manifest, weights)
-    bring_here(config.data)
     tokenizer = load_tokenizer(tokenizer_path(config.data))
     if tokenizer.fingerprint != manifest.tokenizer:
         raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from data.config import list_sources
 from train.checkpoint.checkpoints import Checkpoints, load
 from train.checkpoint.coverage import check_coverage
 from train.checkpoint.manifest import Fragment, Manifest, Origin, Parent
@@ -137,8 +138,8 @@ class Resumption:
         if manifest.tokenizer != self.tokenizer:
             raise ValueError(
                 f"the checkpoint of step {manifest.step} in {source.folder} was trained with "
-                f"another tokenizer than the one in {self.config.data.folder}; use that run's "
-                "corpus, or another run_dir"
+                f"another tokenizer than the one in {list_sources(self.config.data)[0].folder}; "
+                "use that run's corpus, or another run_dir"
             )
 
     def _restore_rng(self, folder: Path, manifest: Manifest) -> None:

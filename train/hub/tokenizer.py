@@ -15,7 +15,6 @@ from sentencepiece import sentencepiece_model_pb2 as spm
 from data.atomic_file import write_json
 from data.config import DataConfig
 from data.prepare import tokenizer_path
-from data.remote import bring_here
 from data.tokenizer import SPACE_MARK, Tokenizer, load_tokenizer
 
 JSON, MODEL = "tokenizer.json", "tokenizer.model"
@@ -30,7 +29,6 @@ def find_tokenizer(data: DataConfig) -> Path:
     Raises:
         ValueError: There is neither.
     """
-    bring_here(data)
     path = tokenizer_path(data)
     if path.is_file():
         return path
