@@ -32,6 +32,7 @@ def train(config: RunConfig, ranks: Ranks) -> Outcome:
         journal = stack.enter_context(run.open_journal())
         watchdog = stack.enter_context(run.watchdog)
         progress, schedule = run.progress, config.schedule
+        run.make_up_evaluation(journal)
 
         while progress.step < schedule.steps:
             run.check_save(journal)

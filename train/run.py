@@ -128,6 +128,19 @@ class Run:
         step = self.progress.step
         return step % every == 0 or step == self.config.schedule.steps
 
+    def make_up_evaluation(self, journal: Journal) -> None:
+        """Evaluate where an earlier start stopped because it could not read the held-out text.
+
+        Raises:
+            DataError: It still can't be read.
+        """
+        step, is_due = self.progress.step, self.is_due(self.config.evaluation.every)
+        if step == 0 or not is_due or self._beginning.is_evaluated:
+            return
+        records = read_records(self.run_dir, event="evaluation") if self.ranks.is_first else []
+        if not self.ranks.any(any(record["step"] == step for record in records)):
+            self.evaluate(journal)
+
     @HERE.doing("evaluation")
     def evaluate(self, journal: Journal) -> None:
         """Measure the validation split and write it down.

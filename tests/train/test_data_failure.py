@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -10,6 +11,8 @@ from unittest import mock
 import pytest
 
 import data.training_data
+import train.run
+from data.held_out import HeldOut, open_held_out
 from data.retry import RetryConfig, retry
 from data.token_stream import TokenStream
 from tests.data.web_server import GONE, serve
@@ -96,6 +99,39 @@ def test_held_out_text_that_one_rank_cannot_read_stops_all_with_the_step_saved(
     ):
         start(config)
     assert Checkpoints(Path(config.run_dir), keep=10).steps() == [2]
+    start(config)
+    records = read_records(Path(config.run_dir), event="evaluation")
+    assert [record["step"] for record in records] == list(range(2, config.schedule.steps + 1, 2))
+    write_config(config, Path(config.run_dir) / CONFIG_FILE)
+    most = config.evaluation.max_sequences
+    asked = EvaluateConfig(run_dir=config.run_dir, step=2, max_sequences=most)
+    (made_up,) = run_ranks(1, lambda: evaluate_run(asked).loss)
+    assert records[0]["loss"] == pytest.approx(made_up, rel=1e-5)
+
+
+def test_a_run_that_goes_on_with_other_held_out_text_says_so_and_evaluates_nothing_twice(
+    config: RunConfig,
+) -> None:
+    config.evaluation.every, config.schedule.steps = 2, 2
+    config.parallel = ParallelConfig(micro_batch_size=8)
+
+    def go_on(fingerprint: str | None) -> str:
+        def open_other(*args: Any, **kwargs: Any) -> HeldOut:
+            found = open_held_out(*args, **kwargs)
+            return found if fingerprint is None else found._replace(fingerprint=fingerprint)
+
+        with (
+            mock.patch.object(train.run, "open_held_out", open_other),
+            mock.patch.object(train.run.log, "warning") as said,
+        ):
+            train_run(config, join(config.parallel, timeout_minutes=0.5))
+        return str(said.call_args_list)
+
+    for fingerprint, said_so in ((None, False), (None, False), ("other" * 4, True)):
+        (told,) = run_ranks(1, partial(go_on, fingerprint))
+        assert ("the held-out text is another one than before" in told) == said_so
+    (evaluation,) = read_records(Path(config.run_dir), event="evaluation")
+    assert evaluation["step"] == 2
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ class Beginning:
 
     progress: Progress = field(default_factory=Progress)
     parent: Parent | None = None
+    is_evaluated: bool = False  # whether held-out text was read at this step
     meters: Mapping[str, float] = field(default_factory=dict)
     changes: dict[str, Any] = field(default_factory=dict)  # key: [old, new], since the parent
 
@@ -81,6 +82,7 @@ class Resumption:
         return Beginning(
             progress=progress,
             parent=_parent(Origin.continued, source, manifest),
+            is_evaluated=manifest.evaluation is not None,
             meters=manifest.meters,
             changes={change.key: [change.old, change.new] for change in changes},
         )
