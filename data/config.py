@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from data.blend import SourceConfig, StageConfig, check_blend
+from data.credentials import refuse_credentials
 from data.fim import FimConfig, check_fim
 from data.mirror import is_remote, mirror_folder
 from data.packing import Packing
@@ -174,6 +175,8 @@ def check_data(config: DataConfig) -> None:
             f"data.kind={config.kind} does not belong to {type(config).__name__}; "
             f"choose the kind with data=NAME, NAME one of {', '.join(DATA_KINDS)}"
         )
+    for key, text in list_places(config).items():
+        refuse_credentials(key, text)
     if not config.folder and not isinstance(config, MixtureData):
         raise ValueError("data.folder is empty; name the folder that will hold the corpus")
     if is_remote(config.folder) and isinstance(config, MixtureData):
@@ -222,6 +225,23 @@ def check_data(config: DataConfig) -> None:
     if isinstance(config, HubData) and not config.name:
         raise ValueError("data.name is empty; give a data set's name or a local folder")
     check_tokenizer(config.tokenizer)
+
+
+def list_places(config: DataConfig) -> dict[str, str]:
+    """All that says where something lies, by its key."""
+    places = {"data.folder": config.folder, "data.tokenizer.path": config.tokenizer.path or ""}
+    match config:
+        case MixtureData():
+            for number, source in enumerate(config.sources):
+                places[f"data.sources[{number}].folder"] = source.folder
+        case FilesData():
+            places["data.paths"] = " ".join(config.paths)
+        case TokenizedData():
+            places["data.paths"] = " ".join(config.paths)
+            places["data.validation_paths"] = " ".join(config.validation_paths)
+        case HubData():
+            places["data.name"] = config.name
+    return places
 
 
 def count_workers(config: DataConfig) -> int:

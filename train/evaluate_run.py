@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data.batches import Batch
 from data.config import read_alike
+from data.credentials import refuse_credentials
 from data.held_out import open_held_out
 from model.transformer import Sums
 from train.checkpoint.restore import restore
@@ -39,6 +40,8 @@ def evaluate_run(config: EvaluateConfig) -> Evaluation:
         raise ValueError(
             f"max_sequences={config.max_sequences} must be at least 1, or null for all"
         )
+    if config.corpus is not None:
+        refuse_credentials("corpus", config.corpus)
     ranks = alone()
     restored = restore(Path(config.run_dir), ranks=ranks, step=config.step, weights=config.weights)
     data, device = restored.config.data, ranks.device

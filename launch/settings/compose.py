@@ -20,6 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from data.config import DATA_KINDS
+from data.credentials import refuse_credentials
 from launch.settings.config import LAUNCH_KINDS
 from launch.settings.help import describe_groups
 from launch.settings.mistake import MISTAKES, explain, unknown_key
@@ -33,6 +34,13 @@ Config = TypeVar("Config")
 
 # Hydra raises its errors, instead of printing them and exiting, when this is "1".
 RAISE_ERRORS = "HYDRA_FULL_ERROR"
+
+
+# Keys whose values may be URLs.
+PLACES = (
+    *("corpus", "data.folder", "data.sources", "data.tokenizer", "data.name"),
+    *("data.paths", "data.validation_paths"),
+)
 
 
 class Job(NamedTuple):
@@ -85,6 +93,7 @@ def run_jobs(
     logging.getLogger("hydra").setLevel(logging.WARNING)
     os.environ[RAISE_ERRORS] = "1"
     try:
+        refuse_credentials_in(sys.argv[1:])  # before a sweep writes down what it was asked
         main(run_job)()
     except MISTAKES as error:
         if show_traceback:
@@ -95,6 +104,14 @@ def run_jobs(
         if not show_traceback:
             del os.environ[RAISE_ERRORS]
     return results
+
+
+def refuse_credentials_in(arguments: list[str]) -> None:
+    """Raises ValueError where a place on the command line is a URL with a password or token."""
+    for argument in arguments:
+        key, _, value = argument.lstrip("+").partition("=")
+        if key.startswith(PLACES):
+            refuse_credentials(key, value)
 
 
 def first_word_is_the_action(actions: type[StrEnum]) -> None:

@@ -24,6 +24,7 @@ class WebServer:
         self.delay = 0.0  # seconds before each answer
         self.cuts_after: int | None = None  # bytes of each answer, then the connection breaks
         self.has_ranges = True
+        self.wants: tuple[str, str] | None = None  # a header, without which answers are 401
         self._counting = threading.Lock()
         self._server: ThreadingHTTPServer | None = None
         self.start()
@@ -67,6 +68,9 @@ class WebServer:
         time.sleep(self.delay)
         if self._server is None or (self.folder / GONE).exists():
             request.close_connection = True
+            return
+        if self.wants is not None and request.headers.get(self.wants[0]) != self.wants[1]:
+            request.send_error(401)
             return
         path = self.folder / request.path.lstrip("/")
         if not path.is_file():
