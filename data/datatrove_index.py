@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 SUFFIX = ".ds"
+SCANNED_AT_ONCE = 2**22  # bytes of a mask
 DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 
 
@@ -59,30 +60,34 @@ class DatatroveIndex:
         it is a bos.
 
         Raises:
-            ValueError: The mask does not fit the tokens, or hides others than a document's first.
+            ValueError: The mask does not fit the tokens.
         """
-        prompts = np.zeros(self.num_documents, np.int32)
         if not self._mask.is_file():
-            return prompts
+            return np.zeros(self.num_documents, np.int32)
+        return self._scan()[0]
+
+    def count_hidden(self) -> int:
+        """Tokens that no loss is taken on, first ones of documents included; 0 without a mask."""
+        return self._scan()[1] if self._mask.is_file() else 0
+
+    def _scan(self) -> tuple[npt.NDArray[np.int32], int]:
+        """Prompts and the number of hidden tokens, from the mask read in pieces."""
         size = self._mask.stat().st_size
         if size != self.num_tokens:
             raise ValueError(
                 f"{self._mask} holds {size} bytes, {self.num_tokens} tokens are listed: it is cut "
                 "short, or another file's"
             )
-        hidden = np.flatnonzero(np.fromfile(self._mask, np.uint8) == 0)
         starts = self.all_starts()
-        documents = np.searchsorted(starts, hidden, side="right") - 1
-        np.maximum.at(prompts, documents, (hidden - starts[documents] + 1).astype(np.int32))
-        counts = np.bincount(documents, minlength=self.num_documents)
-        # The first token may be a bos that the tokenizer put before what is hidden.
-        has_bos = np.ones(self.num_documents, np.bool_)
-        has_bos[documents[hidden == starts[documents]]] = False
-        amid = np.flatnonzero((prompts > 0) & (counts + has_bos < prompts))
-        if len(amid):
-            raise ValueError(
-                f"{self._mask} takes no loss on tokens in the midst of document {amid[0]}; only "
-                "prompts, from a document's first token on, can be left out: take the mask away to "
-                "learn all tokens, or tokenize anew"
-            )
-        return np.maximum(prompts, np.diff(starts) > 0).astype(np.int32)
+        first_learnt = starts[1:].copy()  # of each document; its end where nothing is
+        hidden = self.num_tokens
+        with open(self._mask, "rb") as file:
+            for begin in range(0, self.num_tokens, SCANNED_AT_ONCE):
+                learnt = begin + np.flatnonzero(np.fromfile(file, np.uint8, SCANNED_AT_ONCE))
+                documents = np.searchsorted(starts, learnt, side="right") - 1
+                is_first = learnt == starts[documents]
+                learnt, documents = learnt[~is_first], documents[~is_first]
+                hidden -= len(learnt)
+                found, at = np.unique(documents, return_index=True)
+                first_learnt[found] = np.minimum(first_learnt[found], learnt[at])
+        return (first_learnt - starts[:-1]).astype(np.int32), hidden

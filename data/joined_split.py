@@ -10,6 +10,8 @@ import numpy.typing as npt
 from data.documents import MappedIndex
 from data.token_stream import TokenStream
 
+Places = npt.NDArray[np.int64]
+
 
 class Part(NamedTuple):
     """The split of one corpus; its documents only where they have prompts."""
@@ -66,6 +68,15 @@ class JoinedSplit:
             begins, ends = spans.starts + offset, spans.starts + spans.prompts + offset
             found += zip(begins.tolist(), ends.tolist(), strict=True)
         return found
+
+    def hidden(self, start: int, stop: int) -> Places:
+        """Places in [start, stop) that masks say no loss is taken on."""
+        found = [
+            over.first + over.start + np.flatnonzero(over.part.stream.read_mask(*over[1:3]) == 0)
+            for over in self._find(start, stop)
+            if over.part.stream.masks is not None
+        ]
+        return np.concatenate([np.zeros(0, np.int64), *found])
 
     def close(self) -> None:
         """Let go of all shards; they are opened again when they are read."""

@@ -39,7 +39,8 @@ class FileRecord:
 class ShardRecord:
     """One shard; `text_bytes` is the UTF-8 size of its documents before tokenization.
 
-    Prompts are left out of `text_bytes`: it is the text that a model is judged by.
+    Prompts are left out of `text_bytes`: it is the text that a model is judged by. `loss` says
+    which tokens count as prompts where these are not all at the beginning of documents.
     """
 
     name: str
@@ -49,6 +50,12 @@ class ShardRecord:
     text_bytes: int
     bin: FileRecord
     idx: FileRecord
+    loss: FileRecord | None = None  # see data/loss_masks.py
+
+    @property
+    def files(self) -> list[FileRecord]:
+        """All that it consists of."""
+        return [self.bin, self.idx, *([self.loss] if self.loss is not None else [])]
 
 
 @dataclass(slots=True, frozen=True)
@@ -93,6 +100,7 @@ class SplitRecord:
     def fingerprint(self) -> str:
         """sha256 over the hashes of everything that decides what is read."""
         hashes = [self.index.sha256, *(shard.bin.sha256 for shard in self.shards)]
+        hashes += [shard.loss.sha256 for shard in self.shards if shard.loss is not None]
         return sha256(" ".join(hashes).encode()).hexdigest()
 
 
@@ -131,7 +139,8 @@ def record_file(path: Path) -> FileRecord:
 
 def read_shard_record(content: dict[str, Any]) -> ShardRecord:
     """The record in its JSON form."""
-    files = {kind: FileRecord(**content[kind]) for kind in ("bin", "idx")}
+    kinds = [kind for kind in ("bin", "idx", "loss") if content.get(kind) is not None]
+    files = {kind: FileRecord(**content[kind]) for kind in kinds}
     return ShardRecord(**content | files)
 
 
@@ -192,7 +201,7 @@ def verify_corpus(folder: Path, manifest: Manifest, *, verify: Verify) -> None:
     files = [manifest.tokenizer.file]
     for split in splits:
         files += filter(None, (split.unigram, split.index, split.prompts))
-    for record in [*files, *(file for shard in shards for file in (shard.bin, shard.idx))]:
+    for record in [*files, *(file for shard in shards for file in shard.files)]:
         fault = _find_fault(folder / record.name, record, verify)
         if fault is not None:
             raise ValueError(

@@ -18,6 +18,7 @@ from data.corpus import find_token_files
 from data.datatrove_index import SUFFIX as DATATROVE
 from data.datatrove_index import mask_path
 from data.documents import write_index
+from data.loss_masks import Mask, find_learnt
 from data.manifest import (
     FileRecord,
     Manifest,
@@ -104,33 +105,46 @@ def _record(prefix: Path, split: Split, tokenizer: Tokenizer) -> ShardRecord:
     shard = Shard(prefix)
     # Megatron's documents of several sequences are no prompts; datatrove says what is one.
     prompts = shard.prompt_lengths() * _has_mask(prefix)
+    hidden = shard.count_hidden()
+    has_gaps = hidden > int(prompts.sum())
+    mask = np.memmap(mask_path(prefix), np.uint8, mode="r") if has_gaps else None
     # What a model is judged by is text, so only what is held out must be decoded.
-    text_bytes = _count_text_bytes(shard, prompts, tokenizer) if split is Split.validation else 0
-    files = [
-        FileRecord(str(path), path.stat().st_size, hash_file(path))
-        for path in (bin_path(prefix), idx_path(prefix))
-    ]
+    text_bytes = 0
+    if split is Split.validation:
+        text_bytes = _count_text_bytes(shard, prompts, mask, tokenizer)
     return ShardRecord(
         name=str(prefix),
         documents=shard.num_documents,
         tokens=len(shard.tokens),
-        prompt_tokens=int(prompts.sum()),
+        prompt_tokens=hidden,
         text_bytes=text_bytes,
-        bin=files[0],
-        idx=files[1],
+        bin=_record_file(bin_path(prefix)),
+        idx=_record_file(idx_path(prefix)),
+        loss=_record_file(mask_path(prefix)) if has_gaps else None,
     )
+
+
+def _record_file(path: Path) -> FileRecord:
+    """The record of a file that stays where it is."""
+    return FileRecord(str(path), path.stat().st_size, hash_file(path))
 
 
 def _has_mask(prefix: Path) -> bool:
     return prefix.suffix == DATATROVE and mask_path(prefix).is_file()
 
 
-def _count_text_bytes(shard: Shard, prompts: npt.NDArray[np.int32], tokenizer: Tokenizer) -> int:
+def _count_text_bytes(
+    shard: Shard, prompts: npt.NDArray[np.int32], mask: Mask | None, tokenizer: Tokenizer
+) -> int:
+    total = 0
     borders = pairwise(shard.all_starts().tolist())
-    return sum(
-        len(tokenizer.decode(shard.tokens[start + prompt : stop].tolist()).encode(errors="replace"))
-        for (start, stop), prompt in zip(borders, prompts.tolist(), strict=True)
-    )
+    for (start, stop), prompt in zip(borders, prompts.tolist(), strict=True):
+        start += prompt
+        stretches = [(0, stop - start)] if mask is None else find_learnt(mask[start:stop])
+        for first, last in stretches:
+            text = tokenizer.decode(shard.tokens[start + first : start + last].tolist())
+            total += len(text.encode(errors="replace"))
+    return total
 
 
 def _refuse_two_types(prefixes: list[Path]) -> None:

@@ -75,6 +75,7 @@ def read_rows(
         try:  # rearranged documents are read while rows are laid out
             layout = _lay_out(located[some], seq_len, pad_id, dtype)
             _fill(layout, gather, *flat, seq_len, is_masked=mask_documents)
+            _hide(located[some], gather, flat[1], seq_len)
         except OSError as error:
             raise OSError(_find_fault(located[some]) or str(error)) from error
         for first, last in layout.padding:
@@ -263,3 +264,29 @@ def _fill(
             targets[end] = IGNORED
     for start, stop in layout.prompts:
         targets[start:stop] = IGNORED
+
+
+def _hide(rows: list[_Located], gather: Gather, targets: Ids, seq_len: int) -> None:
+    """Takes away the targets, of [B*S], that lie in the midst of documents and are not learnt."""
+    stretches: list[Tokens] = []
+    places: list[int] = []  # of the first target of each
+    for number, (group, pieces) in enumerate(rows):
+        assert group.source.stream is not None
+        if (masks := group.source.stream.masks) is None:
+            continue
+        at = number * seq_len
+        follows = False  # whether the piece's first token is the target of the place before
+        for k in pieces:
+            if (mask := masks.find(group.shards[k])) is not None:
+                own = follows and group.offsets[k] > 0
+                last = group.starts[k] + group.lengths[k] + group.goes_on[k]
+                stretches.append(mask[group.starts[k] + 1 - own : last])
+                places.append(at - own)
+            at += group.lengths[k]
+            follows = not group.goes_on[k]
+    if not stretches:
+        return
+    lengths = list(map(len, stretches))
+    offsets = np.array(places) - np.cumsum([0, *lengths[:-1]])  # from where it is gathered
+    hidden = np.flatnonzero(gather(stretches) == 0)
+    targets[hidden + np.repeat(offsets, lengths)[hidden]] = IGNORED

@@ -94,14 +94,17 @@ class Samples:
         assert 0 <= number < self.num_samples
         start = number * self.seq_len
         stop = start + self.seq_len + 1
+        borders = [place - start for place in self._split.document_starts(start + 1, stop)]
         sample = pack(
             self._split.read(start, stop),
-            [place - start for place in self._split.document_starts(start + 1, stop)],
+            borders,
             mask_documents=self._mask_documents,
             reset_positions=self._reset_positions,
         )
         for first, end in self._split.prompts(start, stop):
             sample.targets[max(first - start, 0) : max(end - 1 - start, 0)] = IGNORED
+        hidden = self._split.hidden(start + 1, stop) - start
+        sample.targets[np.setdiff1d(hidden, borders) - 1] = IGNORED  # first tokens: see `pack`
         return sample
 
     def padding(self) -> Sample:

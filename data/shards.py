@@ -166,6 +166,10 @@ class MegatronIndex:
         firsts = places[np.minimum(borders[:-1] + 1, self._num_sequences)] - places[borders[:-1]]
         return np.where(has_prompt, firsts, 0).astype(np.int32)
 
+    def count_hidden(self) -> int:
+        """Tokens that a mask hides; this format has none."""
+        return 0
+
     def _all_places(self) -> npt.NDArray[np.int64]:
         """The place of every sequence's first token, and the end."""
         return np.append(self._offsets.copy() // self.dtype.itemsize, self.num_tokens)
@@ -198,6 +202,7 @@ class Shard:
         self.document_start = self._index.document_start
         self.all_starts = self._index.all_starts
         self.prompt_lengths = self._index.prompt_lengths
+        self.count_hidden = self._index.count_hidden
 
     def document_starts(self, start: int, stop: int) -> list[int]:
         """Places in [start, stop) where a document begins, by binary search in the index."""

@@ -1,7 +1,7 @@
 """A split of a prepared corpus as one stream of tokens, memory-mapped, its shards in order."""
 
 import mmap
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from data.config import Verify
 from data.gather import Gather, Tokens
+from data.loss_masks import LossMasks, Mask
 from data.manifest import Split, TokenizerRecord, read_manifest, verify_corpus
 from data.remote import RemoteCorpus
 from data.remote_file import RemoteTokens
@@ -67,6 +68,9 @@ class TokenStream:
         record = manifest.split(split)
         self._folder = folder
         self._shards = record.shards
+        masks = [shard.loss for shard in record.shards]
+        self.masks = LossMasks(folder, masks) if any(masks) else None
+        """Where no loss is taken in the midst of documents; most corpora have none."""
         self._starts = [0, *accumulate(shard.tokens for shard in record.shards)]
         self._borders = np.array(self._starts, np.int64)
         self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
@@ -95,6 +99,23 @@ class TokenStream:
             first, last = self.locate(np.array([start, stop - 1])).shards.tolist()
             fault = self.find_fault(set(range(first, last + 1)))
             raise OSError(fault or str(error)) from error
+
+    def read_mask(self, start: int, stop: int) -> Mask:
+        """Whether each token in [start, stop) is learnt, [stop - start], as far as masks say so.
+
+        Raises:
+            OSError: A mask can't be read any more.
+        """
+        learnt = np.ones(stop - start, np.uint8)
+        first = bisect_right(self._starts, start) - 1
+        for number in range(first, bisect_left(self._starts, stop)):
+            mask = None if self.masks is None else self.masks.find(number)
+            if mask is not None:
+                begin = self._starts[number]
+                own_start, own_stop = max(start, begin), min(stop, self._starts[number + 1])
+                part = self._gather([mask[own_start - begin : own_stop - begin]])
+                learnt[own_start - start : own_stop - start] = part
+        return learnt
 
     def token(self, place: int) -> int:
         """The token at a place."""
@@ -151,6 +172,8 @@ class TokenStream:
         self._open.cache_clear()
         self._tokens.cache_clear()
         self._afar.clear()
+        if self.masks is not None:
+            self.masks.close()
 
     def find_fault(self, shards: set[int]) -> str | None:
         """What is wrong with the files of some shards, if that can be seen; of those without a
@@ -159,13 +182,14 @@ class TokenStream:
             if self._remote is not None and not self._is_kept[number]:
                 continue
             record = self._shards[number]
-            path = self._folder / record.bin.name
-            try:
-                size = path.stat().st_size
-            except OSError as error:
-                return str(error)
-            if size != record.bin.num_bytes:
-                return f"{path} has {size} bytes, was prepared with {record.bin.num_bytes}"
+            for file in filter(None, (record.bin, record.loss)):
+                path = self._folder / file.name
+                try:
+                    size = path.stat().st_size
+                except OSError as error:
+                    return str(error)
+                if size != file.num_bytes:
+                    return f"{path} has {size} bytes, was prepared with {file.num_bytes}"
         return None
 
     def document_starts(self, start: int, stop: int) -> list[int]:
