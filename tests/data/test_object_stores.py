@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from data.blend import SourceConfig
 from data.config import DataConfig, FilesData, MixtureData, read_alike
 from data.fim import FimConfig
 from data.held_out import open_held_out
+from data.manifest import write_manifest
 from data.mirror import mirror_folder
 from data.position import Position
 from data.prepare import Prepared, make_ready, prepare, tokenizer_path
@@ -22,6 +24,7 @@ from data.retry import RetryConfig
 from data.rows import Rows
 from data.samples import open_samples
 from data.training_data import TrainingData
+from tests.data.conftest import ConfigMaker
 from tests.data.web_server import WebServer, serve
 from tests.ranks import run_ranks
 
@@ -35,6 +38,8 @@ class Store(Protocol):
 
     def put(self, name: str, content: bytes) -> None: ...
 
+    def remove(self, name: str) -> None: ...
+
     def leave(self) -> None: ...
 
     def come_back(self) -> None: ...
@@ -46,6 +51,9 @@ class Web:
 
     def put(self, name: str, content: bytes) -> None:
         (self.server.folder / name).write_bytes(content)
+
+    def remove(self, name: str) -> None:
+        (self.server.folder / name).unlink()
 
     def leave(self) -> None:
         self.server.stop()
@@ -76,6 +84,9 @@ class S3:
 
     def put(self, name: str, content: bytes) -> None:
         self._client.put_object(Bucket="bucket", Key=f"corpora/small/{name}", Body=content)
+
+    def remove(self, name: str) -> None:
+        self._client.delete_object(Bucket="bucket", Key=f"corpora/small/{name}")
 
     def leave(self) -> None:
         self._server.stop()
@@ -182,6 +193,64 @@ def test_a_shard_that_is_replaced_by_another_of_its_size_is_refused_by_the_next_
     wrong = "does not match its sha256" if is_kept else r"was replaced since it was first read"
     with pytest.raises(OSError, match=rf"train-\d+\.bin {wrong}"):
         read(TrainingData(config, seed=4))
+
+
+def test_a_shard_that_became_too_short_is_refused_at_once(store: Store, prepared: Prepared) -> None:
+    data = TrainingData(read_config(store.url, cache_bytes=0), seed=4)
+    read(data, 20)
+    for shard in prepared.manifest.train.shards:
+        content = (prepared.folder / shard.bin.name).read_bytes()
+        store.put(shard.bin.name, content[:50])
+    fault = r"shorter than the corpus' manifest|Range Not Satisfiable|range is not satisfiable"
+    with pytest.raises(OSError, match=rf"train-\d+\.bin.*({fault})"):
+        read(data, 40, first=20)
+
+
+def test_another_corpus_at_the_url_is_refused_by_the_next_start(
+    store: Store, prepared: Prepared
+) -> None:
+    config = read_config(store.url)
+    prepare(config)
+    store.put("manifest.json", (prepared.folder / "manifest.json").read_bytes() + b"\n")
+    with pytest.raises(ValueError, match=r"holds copies of another corpus .* delete the folder"):
+        prepare(config)
+
+
+def test_a_run_that_has_read_another_corpus_than_the_copies_are_refuses_them_without_the_server(
+    web: WebServer, make_config: ConfigMaker, tmp_path: Path
+) -> None:
+    other = make_config(tmp_path / "other", validation_fraction=0.5, seq_len=40)
+    prepare(other)
+    position = TrainingData(other, seed=4).enter(Position())
+    config = read_config(web.url)
+    prepare(config)
+    web.stop()
+    with pytest.raises(ValueError, match=r"is another corpus than the one this run has read"):
+        TrainingData(config, seed=4).enter(position)
+
+
+def test_a_manifest_that_is_gone_is_missed_only_where_there_is_no_copy(
+    store: Store, prepared: Prepared, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = read_config(store.url)
+    prepare(config)
+    store.remove("manifest.json")
+    assert prepare(config).manifest == prepared.manifest
+    assert f"manifest.json is gone; its local copies in {mirror_folder(store.url)}" in caplog.text
+    shutil.rmtree(mirror_folder(store.url))
+    with pytest.raises(ValueError, match=r"holds no finished corpus .* copy all of that"):
+        prepare(config)
+
+
+def test_a_corpus_that_only_points_to_its_shards_is_refused(
+    web: WebServer, prepared: Prepared, tmp_path: Path
+) -> None:
+    train = prepared.manifest.train
+    shards = [replace(shard, name=f"/elsewhere/{shard.name}") for shard in train.shards]
+    pointing = replace(prepared.manifest, train=replace(train, shards=shards))
+    write_manifest(web.folder, pointing)
+    with pytest.raises(ValueError, match=r"only points to its shards, such as /elsewhere/train-0"):
+        prepare(read_config(web.url))
 
 
 def test_a_run_starts_from_its_copies_while_the_server_is_away(

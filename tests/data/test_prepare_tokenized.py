@@ -17,6 +17,7 @@ import data.datatrove_index
 from data.config import TokenizedData, check_data
 from data.corpus import find_token_files
 from data.documents import MappedIndex
+from data.fim import FimConfig
 from data.manifest import Split
 from data.packing import Packing
 from data.position import Position
@@ -217,6 +218,24 @@ def test_no_loss_is_taken_in_the_midst_of_documents_where_datatroves_mask_says_s
         for run in re.finditer("1+", f"0{mask[1:]}")
     ] + plain
     assert split.text_bytes == sum(len(tokenizer.decode(ids).encode()) for ids in runs)
+
+
+def test_documents_with_a_mask_are_left_as_they_are_by_fim(
+    prepared: Prepared, config: TokenizedData, tmp_path: Path
+) -> None:
+    for name in ("train", "held_out"):
+        write_datatrove(tmp_path, name, [list(range(10, 40))] * 3, masks=["01" * 15] * 3)
+        write_datatrove(tmp_path, f"{name}_plain", [list(range(50, 80))] * 3)
+    config.fim, config.seq_len = FimConfig(rate=1.0), 200  # an epoch is a row
+    prepare(config)
+    training = TrainingData(config, seed=0)
+    (rows,) = training.read(training.draw(Position(), 1).rows, batch_size=1)
+    stored = rows.tokens[rows.is_real].tolist()
+    at = [place for place, token in enumerate(stored) if token == 10]
+    assert len(at) == 3
+    assert all(stored[place : place + 30] == list(range(10, 40)) for place in at)
+    assert prepared.manifest.tokenizer.fim is not None
+    assert set(prepared.manifest.tokenizer.fim) <= set(stored)
 
 
 def test_a_mask_that_is_cut_short_while_a_run_reads_is_an_error_that_names_it(

@@ -80,6 +80,9 @@ class WebServer:
         headers = {"ETag": f'"{md5(content).hexdigest()}"'}
         status = 200
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range", ""))
+        if found and self.has_ranges and int(found[1]) >= len(content):
+            request.send_error(416)
+            return
         if found and self.has_ranges:
             status, (first, last) = 206, (int(found[1]), min(int(found[2]), len(content) - 1))
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
