@@ -51,7 +51,7 @@ class DataConfig:
     #: Which kind of corpus this is: stdlib, files, hub, tokenized or mixture.
     kind: str
     #: Folder that holds the prepared corpus: tokenizer, shards, manifest; or the URL of such a
-    #: folder's copy, which is only read.
+    #: folder's copy, which is only read. A mixture needs none.
     folder: str
     #: The tokenizer: an existing file or how one is trained.
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
