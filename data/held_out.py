@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.config import DataConfig, list_sources
+from data.manifest import SplitRecord
 from data.prepared_corpus import PreparedCorpus, open_corpora
 from data.samples import Samples, join_held_out
 from data.unigram import Counts, load_counts
@@ -36,8 +37,14 @@ def open_held_out(config: DataConfig, *, tokenizer_fingerprint: str | None = Non
         train_counts=_blend_counts(config, corpora),
         predicted=sum(one.count_predicted(are_documents_masked=masked) for one in records),
         text_bytes=sum(record.text_bytes for record in records),
-        fingerprint=sha256(" ".join(one.fingerprint for one in records).encode()).hexdigest(),
+        fingerprint=_fingerprint(records),
     )
+
+
+def _fingerprint(records: list[SplitRecord]) -> str:
+    hashes = [record.fingerprint for record in records]
+    hashes += [record.prompts.sha256 for record in records if record.prompts is not None]
+    return sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def _blend_counts(config: DataConfig, corpora: list[PreparedCorpus]) -> Counts:

@@ -84,7 +84,7 @@ def _refuse_two_tokenizers(corpora: Sequence[PreparedCorpus]) -> None:
     first, *others = corpora
     for other in others:
         if other.manifest.tokenizer.fingerprint != first.manifest.tokenizer.fingerprint:
-            given = first.folder / first.manifest.tokenizer.file.name
+            given = first.find(first.manifest.tokenizer.file)
             raise ValueError(
                 f"the sources {first.name} and {other.name} were made with different tokenizers; "
                 f"prepare {other.name} again with data.tokenizer.path={given}"

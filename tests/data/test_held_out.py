@@ -1,6 +1,8 @@
 """What a mixture holds out is its sources' own, whatever else is mixed, where and when."""
 
+import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ from data.config import FilesData, MixtureData, Verify
 from data.held_out import open_held_out
 from data.manifest import Split, read_manifest, write_manifest
 from data.prepare import Prepared, make_ready, prepare
-from data.samples import open_samples
+from data.samples import IGNORED, open_samples
+from data.shards import Shard
 from data.tokenizer import TokenizerConfig
 from data.unigram import read_unigram
 from tests.data.conftest import ConfigMaker
@@ -70,6 +73,34 @@ def test_a_mixtures_held_out_text_is_its_sources_in_a_row(
     assert held_out.predicted == len(tokens) - documents
     unmasked = replace(mix(prepared.folder, other.folder), mask_documents=False)
     assert open_held_out(unmasked).predicted == len(tokens)
+
+
+def test_prompts_of_any_source_are_not_judged(prepared: Prepared, tmp_path: Path) -> None:
+    rows = [{"question": f"what is {n} ", "answer": f"it is {n * n} or so"} for n in range(40)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = FilesData(
+        folder=str(tmp_path / "questions"),
+        paths=[str(tmp_path / "qa.jsonl")],
+        template="{answer}",
+        prompt_template="{question}",
+        validation_fraction=0.5,
+        tokenizer=TokenizerConfig(path=str(prepared.folder / "tokenizer.model")),
+        processes=1,
+    )
+    prepare(questions)
+    samples = open_held_out(mix(prepared.folder, questions.folder)).samples
+    expected: list[int] = []  # each token as a target
+    for folder in (prepared.folder, Path(questions.folder)):
+        for record in read_manifest(folder).validation.shards:
+            shard = Shard(folder / record.name)
+            borders = pairwise(shard.all_starts().tolist())
+            for (start, stop), prompt in zip(borders, shard.prompt_lengths().tolist(), strict=True):
+                hidden = max(prompt, 1)
+                expected += [IGNORED] * hidden + shard.tokens[start + hidden : stop].tolist()
+    found = [target for k in range(samples.num_samples) for target in samples[k].targets.tolist()]
+    assert found == expected[1 : len(found) + 1]
+    assert len(expected) - len(found) <= 32
+    assert found.count(IGNORED) > prepared.manifest.validation.documents + 40  # prompts are long
 
 
 def test_frequencies_of_training_tokens_are_weighted_as_the_mixture_is(
