@@ -230,8 +230,9 @@ def _lay_out(rows: list[_Located], seq_len: int, pad_id: int, dtype: np.dtype[An
                 views.append(tokens[starts[k] : stop])
                 if goes_on[k]:
                     following.append(tokens[stop : stop + 1])
-            if hidden[k] > 0:
-                prompts.append((at, at + hidden[k]))
+            if hidden[k] >= 0:  # it begins in a prompt, and may be the target of the place before
+                follows = k > pieces.start and offsets[k] > 0 and not goes_on[k - 1]
+                prompts.append((at - follows, at + hidden[k]))
             at += length
             ends.append(at - 1)
         own = slice(pieces.start, pieces.stop)

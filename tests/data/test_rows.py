@@ -218,6 +218,20 @@ def test_no_loss_is_taken_on_a_prompt(answered: FilesData, packing: Packing) -> 
     assert len(targets) == predicted
 
 
+def test_no_loss_is_taken_on_a_prompt_that_follows_another_document_in_its_row(
+    answered: FilesData,
+) -> None:
+    """Where documents see each other, a piece's first token is the target of the one before it."""
+    config = replace(answered, packing=Packing.best_fit, mask_documents=False, seq_len=5)
+    data = TrainingData(config, seed=0)
+    drawn = data.draw(Position(), 600)
+    (rows,) = data.read(drawn.rows, len(drawn.rows))
+    tokenizer = load_tokenizer(Path(config.folder) / "tokenizer.model")
+    learnt = tokenizer.decode(rows.targets[rows.targets != IGNORED].tolist())
+    assert "?" in tokenizer.decode(rows.tokens.flatten().tolist())
+    assert "?" not in learnt
+
+
 def test_held_out_prompts_are_not_judged_either(answered: FilesData) -> None:
     samples = open_samples(answered)
     tokenizer = load_tokenizer(Path(answered.folder) / "tokenizer.model")
