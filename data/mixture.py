@@ -15,7 +15,7 @@ import numpy as np
 
 from data.blend import SHARES, Blend, to_shares
 from data.fim import NO_FIM, FimSetting
-from data.packing import PackedRows, Packing, Piece, Pieces, pack, window_size
+from data.packing import PackedRows, Packing, Piece, Pieces, left_after, pack, window_size
 from data.position import Cut, Position, SourcePosition
 from data.source import Block, Source
 
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
     @property
     def pieces(self) -> list[Piece]:
-        return self.packed.row(self.number).list()
+        return self.packed.find(np.array([self.number])).pieces.list()
 
 
 class OpenWindow(NamedTuple):
@@ -111,9 +111,9 @@ class Mixture:
         self._packing = packing
         self._fim = fim
         self._window_tokens = size_window(seq_len)
-        num_windows = 2 * len(self.sources)
-        self._documents = lru_cache(maxsize=num_windows)(self._look_up)
-        self._pack = lru_cache(maxsize=num_windows)(self._pack_window)
+        self._most_windows = 2 * len(self.sources)
+        self._documents: dict[Window, Block] = {}
+        self._pack = lru_cache(maxsize=self._most_windows)(self._pack_window)
 
     def draw(self, position: Position, count: int) -> Drawn[Row]:
         """The next `count` samples after a position: a pure function of both, seed and config.
@@ -141,7 +141,7 @@ class Mixture:
                     limit = min(limit, max((until - tokens) // self._seq_len, 1))
                 window, numbers = self._take_rows(cursor, limit)
                 rows.add(window, numbers)
-                size = sum(window.packed.sizes[numbers.start : numbers.stop])
+                size = window.packed.count_tokens(numbers.start, numbers.stop)
                 for other, share in owed:
                     other.credit += share * size
                 cursor.credit -= SHARES * size
@@ -171,23 +171,40 @@ class Mixture:
         """Up to `limit` next rows of the window that the source stands in, or of the one after
         it; none of a window that holds only empty documents."""
         if not cursor.cuts:
-            source = self.sources[cursor.name]
-            cursor.end = source.find_end(cursor.document, self._window_tokens, self._fim)
             cursor.fim = self._fim
+            cursor.end = self._begin(cursor.name, cursor.document)
         wanted = (self._packing.value, self._seq_len)
         if not cursor.cuts or cursor.cuts[-1][:2] != wanted:
             cursor.cuts.append(Cut(*wanted, 0))
         *done, (*_, first) = cursor.cuts
         window = Window(cursor.name, cursor.document, cursor.end, cursor.fim)
         packed = self._pack(window, tuple(done), *wanted)
-        last = min(first + limit, len(packed.sizes))
+        last = min(first + limit, packed.num_rows)
         cursor.cuts[-1] = Cut(*wanted, last)
-        if last == len(packed.sizes):
+        if last == packed.num_rows:
             cursor.document, cursor.cuts = cursor.end, []
-        return _Taken(OpenWindow(window, self._documents(window), packed), range(first, last))
+        return _Taken(OpenWindow(window, self._look_up(window), packed), range(first, last))
+
+    def _begin(self, name: str, start: int) -> int:
+        """Where a window ends that begins at a place of a source."""
+        documents = self.sources[name].take_tokens(start, self._window_tokens, self._fim)
+        end = start + len(documents.lengths)
+        self._keep(Window(name, start, end, self._fim), documents)
+        return end
 
     def _look_up(self, window: Window) -> Block:
-        return self.sources[window.source].take(window.start, window.end, window.fim)
+        documents = self._documents.get(window)
+        if documents is None:
+            source = self.sources[window.source]
+            documents = source.take(window.start, window.end, window.fim)
+        self._keep(window, documents)
+        return documents
+
+    def _keep(self, window: Window, documents: Block) -> None:
+        self._documents.pop(window, None)
+        self._documents[window] = documents
+        if len(self._documents) > self._most_windows:
+            self._documents.pop(next(iter(self._documents)), None)  # not asked for the longest
 
     def _pack_window(
         self, window: Window, done: tuple[Cut, ...], packing: str, seq_len: int
@@ -195,9 +212,10 @@ class Mixture:
         """The rows of what is left of a window."""
         if done:
             last = done[-1]
-            runs = self._pack(window, done[:-1], last.packing, last.seq_len).left_after(last.rows)
+            before = self._pack(window, done[:-1], last.packing, last.seq_len)
+            runs = left_after(before, last.rows)
         else:
-            lengths = self._documents(window).lengths
+            lengths = self._look_up(window).lengths
             runs = Pieces(np.arange(window.start, window.end), np.zeros_like(lengths), lengths)
         seed = self.sources[window.source].seed
         key = f"rows {seed} {window.source} {window.start} {len(done)}".encode()

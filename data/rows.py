@@ -117,10 +117,8 @@ def _locate(rows: Sequence[Row], sources: dict[str, Source]) -> list[_Located]:
         row = rows[indices[0]]
         source = sources[row.source]
         assert source.stream is not None
-        borders = row.packed.borders
-        ranges = [(borders[n], borders[n + 1]) for n in (rows[index].number for index in indices)]
-        which = np.concatenate([np.arange(*pieces) for pieces in ranges])
-        places, offsets, lengths = row.packed.pieces.take(which)
+        numbers = np.array([rows[index].number for index in indices])
+        (places, offsets, lengths), counts = row.packed.find(numbers)
         at, documents = places - row.window.start, row.documents
         fields = (
             places,
@@ -133,9 +131,9 @@ def _locate(rows: Sequence[Row], sources: dict[str, Source]) -> list[_Located]:
         )
         group = _Group(source, row.fim, *(field.tolist() for field in fields))
         first = 0
-        for index, (start, stop) in zip(indices, ranges, strict=True):
-            located[index] = group, range(first, first + stop - start)
-            first += stop - start
+        for index, count in zip(indices, counts.tolist(), strict=True):
+            located[index] = group, range(first, first + count)
+            first += count
     return [located[index] for index in range(len(rows))]
 
 

@@ -17,8 +17,8 @@ from data.permutation import Permutation
 from data.token_stream import TokenStream
 from data.tokenizer import FimIds
 
-BLOCK = 1024
-CACHED_BLOCKS = 32
+BLOCK = 8192
+CACHED_BLOCKS = 4
 
 Numbers = npt.NDArray[np.int64]
 
@@ -86,16 +86,18 @@ class Source:
         block, at = self.find(place, fim)
         return int(block.lengths[at])
 
-    def find_end(self, place: int, size: int, fim: FimSetting) -> int:
-        """The place after the documents from `place` on that hold `size` tokens together, or the
-        epoch's end."""
+    def take_tokens(self, place: int, size: int, fim: FimSetting) -> Block:
+        """The documents from a place on that hold `size` tokens together, or the rest of the
+        epoch."""
+        blocks: list[Block] = []
         epoch_end = self.epoch_end(place)
         while place < epoch_end and size > 0:
             block, at = self.find(place, fim)
             sums = np.cumsum(block.lengths[at : at + epoch_end - place])
             count = min(int(np.searchsorted(sums, size)) + 1, len(sums))
+            blocks.append(block.take(slice(at, at + count)))
             place, size = place + count, size - int(sums[count - 1])
-        return place
+        return _join(blocks)
 
     def take(self, start: int, stop: int, fim: FimSetting) -> Block:
         """The documents at the places in [start, stop), all of one epoch."""
@@ -104,7 +106,7 @@ class Source:
             block, at = self.find(start, fim)
             blocks.append(block.take(slice(at, at + stop - start)))
             start += len(blocks[-1].documents)
-        return Block(*map(np.concatenate, zip(*blocks, strict=True)))
+        return _join(blocks)
 
     def spans(self, documents: Numbers) -> Spans:
         """Where documents lie, by their numbers in the corpus."""
@@ -185,3 +187,7 @@ class Source:
             prompts=spans.prompts,
             is_rearranged=chosen,
         )
+
+
+def _join(blocks: list[Block]) -> Block:
+    return Block(*map(np.concatenate, zip(*blocks, strict=True)))
