@@ -34,9 +34,16 @@ class Rows:
     """Each row's own randomness, and how many tokens it may still get."""
 
     def __init__(
-        self, count: int, *, sampling: SamplingConfig, max_new_tokens: int, eos_id: int
+        self,
+        count: int,
+        *,
+        sampling: SamplingConfig,
+        max_new_tokens: int,
+        eos_id: int,
+        vocab_size: int | None,
     ) -> None:
         self.sampling = sampling
+        self.vocab_size = vocab_size
         self.eos_id = eos_id
         self.generators = [torch.Generator().manual_seed(sampling.seed) for _ in range(count)]
         self.room = [max_new_tokens] * count
@@ -53,7 +60,7 @@ class Rows:
             for generator, is_drawn in zip(self.generators, where, strict=True)
         ]
         uniform_tensor = torch.tensor(uniform, dtype=torch.float64, device=logits.device)
-        return draw(logits, uniform_tensor, self.sampling)
+        return draw(logits[:, : self.vocab_size], uniform_tensor, self.sampling)
 
     def take(self, offered: list[list[int]]) -> list[list[int]]:
         """What the rows get of the offered tokens: none past their eos or their limit."""
@@ -76,12 +83,20 @@ def write_tokens(
     sampling: SamplingConfig,
     max_new_tokens: int,
     eos_id: int,
+    vocab_size: int | None = None,
 ) -> Iterator[Pass]:
     """One token per row and pass, until every row has come to its eos or limit.
 
-    A row's tokens are those that its prompt gets alone. No prompt may be empty.
+    A row's tokens are those that its prompt gets alone. No prompt may be empty. `vocab_size` is the
+    tokenizer's, where the model has room for more tokens than that.
     """
-    rows = Rows(len(prompts), sampling=sampling, max_new_tokens=max_new_tokens, eos_id=eos_id)
+    rows = Rows(
+        len(prompts),
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        eos_id=eos_id,
+        vocab_size=vocab_size,
+    )
     tokens, padding = pad_left(prompts, device=model.embed.weight.device)
     capacity = tokens.shape[1] + max_new_tokens
     caches = [Cache(capacity=capacity) for _ in model.layers]
@@ -100,6 +115,7 @@ def write_tokens_with_drafts(
     sampling: SamplingConfig,
     max_new_tokens: int,
     eos_id: int,
+    vocab_size: int | None = None,
 ) -> Iterator[Pass]:
     """The tokens of `write_tokens` in fewer passes: each also checks a token that MTP guessed.
 
@@ -108,7 +124,13 @@ def write_tokens_with_drafts(
     the guess is forgotten. So drafts change neither a draw nor, at any temperature, the
     distribution (speculative sampling, arXiv:2302.01318, with a draft that is sure of its guess).
     """
-    rows = Rows(len(prompts), sampling=sampling, max_new_tokens=max_new_tokens, eos_id=eos_id)
+    rows = Rows(
+        len(prompts),
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        eos_id=eos_id,
+        vocab_size=vocab_size,
+    )
     tokens, padding = pad_left(prompts, device=model.embed.weight.device)
     capacity = tokens.shape[1] + max_new_tokens + 2  # 2: of a row at its limit
     caches = [Cache(capacity=capacity) for _ in model.layers]

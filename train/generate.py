@@ -109,6 +109,7 @@ class Writer:
             sampling=self.config,
             max_new_tokens=self.config.max_new_tokens,
             eos_id=eos_id,
+            vocab_size=self._tokenizer.size,
         ):
             self.effort.add(done)
             yield done.tokens

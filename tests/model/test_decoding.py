@@ -1,5 +1,6 @@
 """Generation's form of the model against training's; many rows and drafts against one and none."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -80,6 +81,18 @@ def write(
     )
     rows = [sum((done.tokens[row] for done in passes), list[int]()) for row in range(len(prompts))]
     return Written(rows, passes)
+
+
+@pytest.mark.parametrize("write_some", [write_tokens, write_tokens_with_drafts])
+def test_a_model_with_room_for_more_tokens_writes_only_those_that_the_tokenizer_has(
+    model: Transformer, write_some: Callable[..., Iterator[Pass]]
+) -> None:
+    hot = SamplingConfig(temperature=2.0, top_p=1.0)
+    asked = {"sampling": hot, "max_new_tokens": 20, "eos_id": NO_EOS}
+    written = [done.tokens for done in write_some(model, PROMPTS, vocab_size=12, **asked)]
+    tokens = {token for rows in written for row in rows for token in row}
+    assert len(tokens) > 6
+    assert max(tokens) < 12
 
 
 @pytest.mark.parametrize("steps", [[12], [1] * 12, [5, 1, 4, 1, 1]])
