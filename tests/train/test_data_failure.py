@@ -84,7 +84,7 @@ def test_a_shard_that_vanishes_for_one_rank_stops_the_run_with_its_position_kept
 def test_held_out_text_that_one_rank_cannot_read_stops_all_with_the_step_saved(
     config: RunConfig,
 ) -> None:
-    config.evaluation.every, config.checkpoint.every = 2, 1000
+    config.evaluation.every, config.checkpoint.every, config.schedule.steps = 2, 1000, 4
     read = TokenStream.read
 
     def read_or_fail(stream: TokenStream, start: int, stop: int) -> Any:
