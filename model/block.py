@@ -5,6 +5,7 @@ B batch, S sequence, D model width, E experts.
 
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from model.cache import Cache
 from model.config import ModelConfig
 from model.ffn import SwiGLU
 from model.gqa import GQA, GQAConfig
+from model.halves import Steps, halve, halve_segments, in_turns
 from model.mla import MLA, MLAConfig
 from model.moe import MoE
 from model.norm import RMSNorm
@@ -29,7 +31,10 @@ class BlockOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block, dense or MoE."""
+    """A pre-norm transformer block, dense or MoE.
+
+    `in_halves` an MoE block computes two halves of its sequences in turns (model/halves.py).
+    """
 
     def __init__(
         self,
@@ -38,8 +43,10 @@ class Block(nn.Module):
         is_dense: bool,
         expert_group: dist.ProcessGroup | None,
         sequences: Sequences,
+        in_halves: bool = False,
     ) -> None:
         super().__init__()
+        self.in_halves = in_halves and not is_dense
         self.attention_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = build_attention(config, sequences)
         self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps)
@@ -49,7 +56,11 @@ class Block(nn.Module):
         else:
             assert config.moe is not None, "check_model asks for it"
             self.ffn = MoE(
-                config.moe, dim=config.dim, expert_group=expert_group, sequences=sequences
+                config.moe,
+                dim=config.dim,
+                expert_group=expert_group,
+                sequences=sequences,
+                in_halves=in_halves,
             )
 
     def forward(
@@ -60,11 +71,25 @@ class Block(nn.Module):
         *,
         segments: list[int],
     ) -> BlockOutput:
+        if not self.in_halves:
+            (output,) = in_turns(self._steps(x, rotation, counted, segments))
+            return output
+        turns = (Rotation(*of_half) for of_half in zip(*map(halve, rotation), strict=True))
+        halves = zip(halve(x), turns, halve(counted), halve_segments(segments), strict=True)
+        return _join(in_turns(*(self._steps(*half) for half in halves)))
+
+    def _steps(
+        self, x: Tensor, rotation: Rotation, counted: Tensor, segments: list[int]
+    ) -> Steps[BlockOutput]:
+        """The block over some sequences; in halves it pauses where the MoE layer's rows travel."""
         inner = rebuild(self.attention_norm, x)
         x = x + self.attention(inner, rotation, segments=segments)
         inner = rebuild(self.ffn_norm, x)
         if isinstance(self.ffn, MoE):
-            out = self.ffn(inner, counted)
+            if self.in_halves:
+                out = yield from self.ffn.steps(inner, counted)
+            else:
+                out = self.ffn(inner, counted)
             return BlockOutput(x + out.hidden, out.load, out.balance_loss, out.group_balance_losses)
         return BlockOutput(x + self.ffn(inner), None, None, None)
 
@@ -86,6 +111,11 @@ class Block(nn.Module):
             counted = inner.new_ones(inner.shape[:2], dtype=bool)
             return x + self.ffn(inner, counted).hidden
         return x + self.ffn(inner)
+
+
+def _join(halves: list[BlockOutput]) -> BlockOutput:
+    hidden, *others = zip(*halves, strict=True)
+    return BlockOutput(torch.cat(hidden), *(torch.stack(of_both).sum(dim=0) for of_both in others))
 
 
 def build_attention(config: ModelConfig, sequences: Sequences) -> MLA | GQA:

@@ -16,6 +16,7 @@ from model.dispatch import Chunk, Dispatcher, Sent, combine, permute
 from model.exchange import Here, Journey
 from model.experts import Experts
 from model.ffn import SwiGLU
+from model.halves import Steps, in_turns
 from model.recompute import Recompute, recomputed
 from model.router import Router, RouterConfig, Routing, check_router
 from model.sequences import Sequences, WholeSequences
@@ -59,7 +60,8 @@ class MoE(nn.Module):
     """Every token through its top-k routed experts and through the shared ones.
 
     `expert_group` spreads the routed experts over its ranks, in order, in equal parts; without
-    it all of them are here. No token is dropped.
+    it all of them are here. No token is dropped. `in_halves`: what is given to it are halves of a
+    micro-batch in turns.
     """
 
     def __init__(
@@ -69,15 +71,17 @@ class MoE(nn.Module):
         dim: int,
         expert_group: dist.ProcessGroup | None = None,
         sequences: Sequences | None = None,
+        in_halves: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
+        self.in_halves = in_halves
         self.sequences = sequences or WholeSequences()
         self.num_experts = config.num_experts
         self.dispatcher = Dispatcher(
             num_experts=config.num_experts,
             group=expert_group,
-            limit=config.max_tokens_per_chunk,
+            limit=_share_limit(config.max_tokens_per_chunk, in_halves=in_halves),
         )
         num_local = config.num_experts // self.dispatcher.num_ranks
         self.router = Router(
@@ -95,18 +99,30 @@ class MoE(nn.Module):
 
     def forward(self, x: Float[Tensor, "B S D"], counted: Bool[Tensor, "B S"]) -> MoEOutput:
         """`counted` says which tokens enter load and balance loss (padding must not)."""
+        (output,) = in_turns(self.steps(x, counted))
+        return output
+
+    def steps(self, x: Float[Tensor, "B S D"], counted: Bool[Tensor, "B S"]) -> Steps[MoEOutput]:
+        """The layer, which pauses while its rows are on their way: to experts, and back.
+
+        What stands between a departure and an arrival is computed meanwhile, and so are, in the
+        backward pass, its gradients (model/exchange.py). The shared experts stand beside dispatch;
+        of two halves beside combine, where the second half has nothing else beside it.
+        """
         tokens = x.flatten(0, 1)
         routing = self.router(tokens)
         plan = self.dispatcher.plan(routing.expert_ids)
         rows = permute(tokens, plan.order, top_k=self.config.top_k)
-        # What stands between a departure and an arrival is computed while rows travel, and so are,
-        # in the backward pass, its gradients (model/exchange.py).
         sent = self._send(rows, plan.chunks[0]) if len(plan.chunks) == 1 else None
-        shared = None if self.shared is None else self.shared(x)
+        yield
+        shared = None if self.shared is None or self.in_halves else self.shared(x)
         if sent is None:
             returning: Journey | Here = Here(self._visit_in_chunks(rows, plan.chunks))
         else:
             returning = self._visit(sent, plan.chunks[0])
+        yield
+        if self.shared is not None and self.in_halves:
+            shared = self.shared(x)
         balance = self._count_and_balance(routing, counted)
         hidden = combine(returning.arrive(), routing.weights, plan.order).view_as(x)
         return MoEOutput(hidden if shared is None else hidden + shared, *balance)
@@ -158,6 +174,11 @@ class _Balance(NamedTuple):
     load: Int64[Tensor, " E"]
     balance_loss: Float[Tensor, ""]
     group_balance_losses: Float[Tensor, "2"]
+
+
+def _share_limit(limit: int | None, *, in_halves: bool) -> int | None:
+    """Rows that may arrive at once. While one half's are computed the other's arrive."""
+    return limit // 2 if limit is not None and in_halves else limit
 
 
 def check_moe(config: MoEConfig) -> None:

@@ -34,6 +34,7 @@ class MTP(nn.Module):
         *,
         expert_group: dist.ProcessGroup | None,
         sequences: Sequences,
+        in_halves: bool = False,
     ) -> None:
         super().__init__()
         self.embed_norm = RMSNorm(config.dim, eps=config.norm_eps)
@@ -41,7 +42,11 @@ class MTP(nn.Module):
         self.project = Linear(2 * config.dim, config.dim)
         is_dense = config.num_dense_layers == config.num_layers
         self.block = Block(
-            config, is_dense=is_dense, expert_group=expert_group, sequences=sequences
+            config,
+            is_dense=is_dense,
+            expert_group=expert_group,
+            sequences=sequences,
+            in_halves=in_halves,
         )
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
 

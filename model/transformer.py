@@ -84,6 +84,7 @@ class Transformer(nn.Module):
         sequences: Sequences | None = None,
         recompute: Recompute = Recompute.none,
         offloads: bool = False,
+        in_halves: bool = False,
         parts: Sequence[Part] | None = None,
     ) -> None:
         """Weights mean nothing yet: `model.init.initialise` or a checkpoint fills them."""
@@ -106,6 +107,7 @@ class Transformer(nn.Module):
                 is_dense=i < config.num_dense_layers,
                 expert_group=expert_group,
                 sequences=sequences,
+                in_halves=in_halves,
             )
             if i in held
             else nn.Identity()  # on another rank; keeps the others' names
@@ -116,7 +118,7 @@ class Transformer(nn.Module):
         if has_end and not config.tie_embedding:
             self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.mtp = nn.ModuleList(
-            MTP(config, expert_group=expert_group, sequences=sequences)
+            MTP(config, expert_group=expert_group, sequences=sequences, in_halves=in_halves)
             for _ in range(config.mtp.depth if has_end else 0)
         )
         for name, module in self.named_modules():

@@ -48,6 +48,10 @@ FEATURES = (
         for kind in PipelineSchedule
         if kind is not PipelineSchedule.one_f_one_b
     ),
+    Feature(
+        "halves in turns",
+        {"parallel.overlap_halves": True, "parallel.expert": 2, "parallel.micro_batch_size": 2},
+    ),
     Feature("recompute, selective", {"parallel.recompute": Recompute.selective}),
     Feature("recompute, full", {"parallel.recompute": Recompute.full}),
     Feature("activations on the CPU", {"parallel.offload_activations": True}),

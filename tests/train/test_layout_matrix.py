@@ -22,6 +22,7 @@ from train.layout.parallel import ZERO_STAGES, Offload, ParallelConfig, Pipeline
 from train.optimizer.config import MuonConfig, OptimizerConfig
 from train.optimizer.moments import Moments
 from train.precision import Dtype, PrecisionConfig
+from train.schedule import ConstantSchedule
 
 BATCH_SIZE = 8
 FULL = {"recompute": Recompute.full}
@@ -33,10 +34,12 @@ DISK = {
     "nvme_path": tempfile.gettempdir(),
 }
 CHUNKS = {"chunk": 10}  # rows; about a third of what a rank receives
+HALVES = {"expert": 2, "overlap_halves": True}
 BF16_MOMENTS = {"optimizer": OptimizerConfig(moments=Moments.bf16)}
 MUON = {"optimizer": MuonConfig(iterate_in=Dtype.fp32)}
 
-# Fields of ParallelConfig, `accumulation` (1), `chunk` (none), `optimizer` (AdamW), `is_tied` (no).
+# Fields of ParallelConfig, `batch_size` (8), `accumulation` (1), `chunk` (none), `optimizer`
+# (AdamW), `is_tied` (no).
 Layout = dict[str, Any]
 
 FEW: list[tuple[int, Layout]] = [
@@ -45,6 +48,7 @@ FEW: list[tuple[int, Layout]] = [
     (2, {"zero_stage": 0, "expert": 2, "accumulation": 2, **MUON}),
     (2, {"zero_stage": 2, "expert": 2, "accumulation": 2, **OFFLOAD, **FULL}),
     (2, {"zero_stage": 3, "expert": 2, **FULL}),
+    (2, {"zero_stage": 1, **HALVES}),
     (2, {"zero_stage": 1, "expert": 2, "sequence": 2, "accumulation": 2, **SELECTIVE}),
     (2, {"pipeline": 2, "pipeline_schedule": PipelineSchedule.dualpipev, "accumulation": 4}),
     (4, {"zero_stage": 1, "expert": 2, **BF16_MOMENTS}),
@@ -92,6 +96,15 @@ MANY: list[tuple[int, Layout]] = [
         for schedule in PipelineSchedule
         for more in ({}, FULL, MUON)
     ),
+    *(
+        (num_ranks, {"zero_stage": stage, **HALVES, **more})
+        for num_ranks in (2, 4)
+        for stage in ZERO_STAGES
+        for more in ({"accumulation": 2, **FULL}, {"sequence": 2, "offload_activations": True})
+    ),
+    *((2, {"zero_stage": stage, **HALVES, **SELECTIVE, **CHUNKS}) for stage in (0, 1, 2)),
+    (2, {"zero_stage": 3, **HALVES, **FULL, **CHUNKS}),
+    (2, {"zero_stage": 3, **HALVES, **DISK}),
     (2, {"zero_stage": 1, "accumulation": 2, **CHUNKS}),
     (4, {"zero_stage": 2, "expert": 2, "sequence": 2, **FULL}),
     (2, {"zero_stage": 3, "accumulation": 2, "offload_activations": True, **OFFLOAD}),
@@ -159,7 +172,12 @@ def check_pair(folder: Path, settings: dict[str, Any]) -> None:
         if name.startswith("parallel.")
     }
     pipeline = layout.get("pipeline", 1)
-    layout |= {"accumulation": 4 if pipeline > 1 else 2, "nvme_path": tempfile.gettempdir()}
+    size = BATCH_SIZE * layout.pop("micro_batch_size", 1)
+    layout |= {
+        "batch_size": size,
+        "accumulation": 4 if pipeline > 1 else 2,
+        "nvme_path": tempfile.gettempdir(),
+    }
     num_ranks = pipeline * max(layout.get("expert", 1), layout.get("sequence", 1))
     dtype = settings.get("precision.dtype", Dtype.fp32)
     if settings.get("optimizer.kind") == "muon":
@@ -179,6 +197,7 @@ IN_BF16: list[Any] = [
             (2, {"zero_stage": 1, "sequence": 2, **SELECTIVE}),
             (2, {"zero_stage": 1, **CHUNKS}),
             (4, {"zero_stage": 3, "expert": 2, **FULL}),
+            (4, {"zero_stage": 3, "batch_size": 16, **HALVES, **FULL}),
             (4, {"zero_stage": 2, "expert": 4, **MUON}),
             (4, {"zero_stage": 1, "expert": 2, **BF16_MOMENTS}),
             (4, {"pipeline": 2, "expert": 2, "accumulation": 4}),
@@ -191,17 +210,19 @@ def check(
     folder: Path, num_ranks: int, layout: Layout, *, dtype: Dtype = Dtype.fp32, steps: int = 2
 ) -> None:
     layout = {"accumulation": 1, "chunk": None, "optimizer": OptimizerConfig(), **layout}
+    batch_size = layout.pop("batch_size", BATCH_SIZE)
     accumulation, chunk = layout.pop("accumulation"), layout.pop("chunk")
     is_tied = layout.pop("is_tied", False)
     optimizer = replace(layout.pop("optimizer"), clip_norm=0.1)
     replicas = num_ranks // (layout.get("sequence", 1) * layout.get("pipeline", 1))
     # So small a model would be whole on every rank, and ZeRO 3 not tried, if it kept any tensor so.
-    size = BATCH_SIZE // replicas // accumulation
+    size = batch_size // replicas // accumulation
     parallel = ParallelConfig(micro_batch_size=size, keep_whole=0, **layout)
     config = tiny_run(
         folder,
         model=model(chunk, is_tied=is_tied),
         parallel=parallel,
+        schedule=ConstantSchedule(steps=6, batch_size=batch_size, peak_lr=1e-2),
         optimizer=optimizer,
         precision=PrecisionConfig(dtype=dtype),
         checkpoint=CheckpointConfig(asynchronous=False),

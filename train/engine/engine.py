@@ -27,11 +27,13 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.sequence.layer import DistributedAttention
 from deepspeed.utils import groups
+from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from torch import Tensor, nn
 
 from data.batches import Batch
 from model.attention import attend
 from model.backends import set_kernels
+from model.block import Block
 from model.compiled import compile_regions
 from model.ffn import SwiGLU
 from model.init import first_experts, initial_value, initialise
@@ -121,6 +123,7 @@ class Engine:
                 sequences=sequences,
                 recompute=parallel.recompute,
                 offloads=parallel.offload_activations,
+                in_halves=parallel.overlap_halves,
                 parts=stages.of(ranks.pipeline_rank),
             )
         if config.precision.fp8:
@@ -399,6 +402,8 @@ class Engine:
         # forward, a SwiGLU's three by the SwiGLU where it takes its products in FP8.
         deepspeed.zero.register_external_parameter(self.model, born[id(head)])
         for module in self.model.modules():
+            if isinstance(module, Block) and module.in_halves:  # else gathered for each half
+                set_z3_leaf_module(module, True)
             if isinstance(module, SwiGLU) and config.precision.fp8:
                 for parameter in module.parameters():
                     deepspeed.zero.register_external_parameter(module, parameter)

@@ -51,6 +51,9 @@ class ParallelConfig:
     zero_stage: int = 1
     #: Sequences in one forward pass of one rank; accumulation follows from the batch size.
     micro_batch_size: int
+    #: Whether each micro-batch is computed as two halves in turns: while one's rows travel to
+    #: experts and back, the other is computed.
+    overlap_halves: bool = False
     #: What the backward pass computes again to save memory: norms, up-projections, SwiGLU and the
     #: experts' inside (selective), or whole blocks (full).
     recompute: Recompute = Recompute.none

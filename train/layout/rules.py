@@ -92,6 +92,7 @@ CHOICES: dict[str, Callable[[Layout], Iterable[Any]]] = {
     "parallel.pipeline_schedule": lambda _: PipelineSchedule,
     "parallel.pipeline_layers": lambda _: (None,),
     "parallel.overlap_comm": lambda _: (False,),
+    "parallel.overlap_halves": lambda _: (False,),
 }
 
 
@@ -162,6 +163,29 @@ RULES: tuple[Rule, ...] = (
             "parallel.expert from "
             f"{[d for d in divisors(layout.ranks) if layout.num_experts % d == 0]}"
         ),
+    ),
+    Rule(
+        settings=("parallel.overlap_halves", "parallel.expert"),
+        is_broken=lambda layout: layout.parallel.overlap_halves and layout.parallel.expert == 1,
+        why="where a rank has all experts no rows travel that the other half could hide",
+    ),
+    Rule(
+        settings=("parallel.micro_batch_size", "parallel.overlap_halves"),
+        is_broken=lambda layout: (
+            layout.parallel.overlap_halves and layout.parallel.micro_batch_size % 2 != 0
+        ),
+        why="the halves have equally many sequences",
+        way_out=lambda layout: (
+            f"parallel.micro_batch_size={layout.parallel.micro_batch_size + 1} or another even "
+            "number, or parallel.overlap_halves=false"
+        ),
+    ),
+    Rule(
+        settings=("parallel.overlap_halves", "model.moe.max_tokens_per_chunk"),
+        is_broken=lambda layout: (
+            layout.parallel.overlap_halves and layout.value("model.moe.max_tokens_per_chunk") == 1
+        ),
+        why="rows of both halves are at the experts at once, each half's at most half the limit",
     ),
     Rule(
         settings=("parallel.sequence", RANKS),

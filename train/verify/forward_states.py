@@ -4,7 +4,7 @@ Of each watched module's output every token keeps one number: its product with a
 direction. B sequences of a micro-batch, S tokens each, D the output's width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from model.block import Block
 from model.ffn import SwiGLU
 from model.gqa import GQA
+from model.halves import Steps
 from model.mla import MLA
-from model.moe import MoE
+from model.moe import MoE, MoEOutput
 from model.mtp import MTP
 from model.router import Router
 from model.transformer import Transformer
@@ -49,18 +50,32 @@ def watch_forward(model: Transformer) -> Iterator[ForwardStates]:
     """The states of all forward passes inside the context."""
     states = ForwardStates()
     handles = []
+    in_halves = []
     for name, module in model.named_modules():
         if isinstance(module, WATCHED) or name == FINAL_NORM:
             handles.append(module.register_forward_hook(partial(_note, states, name)))
+        if isinstance(module, MoE) and module.in_halves:  # its forward is not called then
+            vars(module)["steps"] = partial(_note_steps, states, name, module.steps)
+            in_halves.append(module)
     try:
         yield states
     finally:
         for handle in handles:
             handle.remove()
+        for module in in_halves:
+            del vars(module)["steps"]
 
 
 def _note(states: ForwardStates, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
     states.note(name, output)
+
+
+def _note_steps(
+    states: ForwardStates, name: str, steps: Callable[..., Steps[MoEOutput]], *inputs: Any
+) -> Steps[MoEOutput]:
+    output = yield from steps(*inputs)
+    states.note(name, output)
+    return output
 
 
 def state_of(output: Any) -> Tensor:

@@ -63,15 +63,15 @@ def keep_states(
 ) -> Iterator[Fragment]:
     """Forward states: `rows` are each micro-batch's sequences, `columns` the tokens of each one.
 
-    `shape` is [sequences of the global batch, S].
+    A module may have been given a micro-batch in parts. `shape` is [sequences of the global batch,
+    S].
     """
-    for name, of_batches in states.by_module.items():
-        for sequences, state in zip(rows, of_batches, strict=True):
-            for row, values in zip(
-                sequences, state.unflatten(0, (len(sequences), -1)), strict=True
-            ):
-                start = row * shape[1] + columns.start
-                yield Fragment(str(Key(step, FORWARD, name)), shape, start, values)
+    sequences = [row for of_batch in rows for row in of_batch]
+    for name, in_parts in states.by_module.items():
+        state = torch.cat(in_parts).unflatten(0, (len(sequences), -1))
+        for row, values in zip(sequences, state, strict=True):
+            start = row * shape[1] + columns.start
+            yield Fragment(str(Key(step, FORWARD, name)), shape, start, values)
 
 
 def router_names(config: ModelConfig) -> list[str]:

@@ -61,3 +61,18 @@ def test_what_fails_or_hangs_only_together_with_zero_3_is_refused_there(
     check_layout(probe_layout().changed(settings | {"parallel.zero_stage": 2}))
     with pytest.raises(ValueError, match=r"parallel.zero_stage=3.* choose parallel"):
         check_layout(probe_layout().changed(settings | {"parallel.zero_stage": 3}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"parallel.expert": 1}, r"overlap_halves=true and .*expert=1 don't go.*; choose parallel"),
+        ({"parallel.micro_batch_size": 3}, r"micro_batch_size=3 and .*=true .*size=4 or another"),
+        ({"model.moe.max_tokens_per_chunk": 1}, r"per_chunk=1 .*; choose .*overlap_halves=false"),
+    ],
+)
+def test_halves_that_are_none_are_refused(settings: dict[str, Any], message: str) -> None:
+    halves = {"parallel.expert": 2, "parallel.micro_batch_size": 2, "parallel.overlap_halves": True}
+    check_layout(probe_layout().changed(halves))
+    with pytest.raises(ValueError, match=message):
+        check_layout(probe_layout().changed(halves | settings))

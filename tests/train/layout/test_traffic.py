@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero import partition_parameters
 
 from model.recompute import Recompute
 from tests.ranks import run_ranks
@@ -19,6 +20,7 @@ from train.engine.engine import Engine, join
 from train.layout.parallel import ParallelConfig
 from train.layout.traffic import largest_traffic
 from train.precision import Dtype, PrecisionConfig
+from train.ranks import Ranks
 from train.update import count_denominators, update
 
 PRECISIONS = {
@@ -48,21 +50,25 @@ def count_messages(config: RunConfig, num_ranks: int) -> Counter[str]:
 
         ranks = join(config.parallel, timeout_minutes=5)
         engine = Engine(config, ranks)
-        batches = random_batches(
-            0,
-            rank=ranks.replica,
-            num_ranks=ranks.num_replicas,
-            micro_batch_size=config.parallel.micro_batch_size,
-        )
-        over = count_denominators(batches, config.model, ranks)
         with counted("all_reduce", "tensor"), counted("all_to_all_single", "input"):
-            update(engine, batches, over, config=config.model, lr=1e-4)
+            take_step(engine, config, ranks)
         return counts
 
     total: Counter[str] = Counter()
     for counts in run_ranks(num_ranks, on_rank):
         total.update(counts)
     return total
+
+
+def take_step(engine: Engine, config: RunConfig, ranks: Ranks) -> None:
+    batches = random_batches(
+        0,
+        rank=ranks.replica,
+        num_ranks=ranks.num_replicas,
+        micro_batch_size=config.parallel.micro_batch_size,
+    )
+    over = count_denominators(batches, config.model, ranks)
+    update(engine, batches, over, config=config.model, lr=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -93,3 +99,34 @@ def test_a_step_sends_what_is_planned(
         assert sent["all_reduce"] == pytest.approx(all_reduced, rel=0.01)
     else:  # a rank's own rows are handed over too, but sent to nobody
         assert sent["all_to_all_single"] == pytest.approx(num_ranks * planned.experts / others)
+
+
+@pytest.mark.slow
+def test_zero_3_gathers_weights_once_for_both_halves(tmp_path: Path) -> None:
+    def gathered(*, overlap_halves: bool) -> list[int]:
+        """Elements gathered in a step that DeepSpeed traces, and in the one after it."""
+        parallel = ParallelConfig(
+            zero_stage=3, expert=2, keep_whole=0, micro_batch_size=4, overlap_halves=overlap_halves
+        )
+        config = tiny_run(tmp_path, model=wide_model(), parallel=parallel)
+        gather = partition_parameters._dist_allgather_fn
+        counts: list[int] = []
+
+        def counted(own: Any, whole: Any, *args: Any, **kwargs: Any) -> Any:
+            counts[-1] += whole.numel()
+            return gather(own, whole, *args, **kwargs)
+
+        def on_rank() -> list[int]:
+            ranks = join(config.parallel, timeout_minutes=5)
+            engine = Engine(config, ranks)
+            with mock.patch.object(partition_parameters, "_dist_allgather_fn", counted):
+                for _ in range(2):
+                    counts.append(0)
+                    take_step(engine, config, ranks)
+            return counts
+
+        return run_ranks(2, on_rank)[0]
+
+    whole, in_halves = gathered(overlap_halves=False), gathered(overlap_halves=True)
+    assert whole[1] > 0
+    assert in_halves == whole
