@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.chunks import split_into_chunks
+from model.halves import in_turns
 from model.init import initialise
 from model.memory import routed_peak
 from model.moe import MoE, MoEConfig
@@ -144,15 +145,18 @@ WIDE = MoEConfig(num_experts=8, top_k=2, expert_dim=48, num_shared_experts=0, ro
 WIDTH, TOKENS = 32, 128
 
 
-def layer_peak(config: MoEConfig, *, is_skewed: bool) -> int:
+def layer_peak(config: MoEConfig, *, is_skewed: bool, in_halves: bool = False) -> int:
     """Most bytes that a layer's forward and backward pass hold at once on this rank."""
-    moe = MoE(config, dim=WIDTH, expert_group=dist.group.WORLD)
+    moe = MoE(config, dim=WIDTH, expert_group=dist.group.WORLD, in_halves=in_halves)
     initialise(moe, seed=3, std=0.5)
     if is_skewed:
         moe.router.bias[config.top_k :] = -100.0
-    x = torch.randn(1, TOKENS, WIDTH, requires_grad=True)
+    num_parts = 2 if in_halves else 1
+    x = torch.randn(num_parts, TOKENS // num_parts, WIDTH, requires_grad=True)
+    counted = torch.ones(1, TOKENS // num_parts, dtype=torch.bool)
     with LiveBytes() as live:
-        moe(x, torch.ones(1, TOKENS, dtype=torch.bool)).hidden.sum().backward()
+        outputs = in_turns(*(moe.steps(part, counted) for part in x.split(1)))
+        torch.stack([output.hidden.sum() for output in outputs]).sum().backward()
     return live.peak
 
 
@@ -163,6 +167,16 @@ def test_a_layers_peak_under_total_imbalance_keeps_to_the_bound(num_ranks: int, 
     bound = 4 * routed_peak(config, dim=WIDTH, tokens=TOKENS, num_local=8 // num_ranks)
     peak = max(run_ranks(num_ranks, lambda: layer_peak(config, is_skewed=True)))
     assert 0.6 * bound < peak <= bound, f"{peak} of {bound}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [32, 128])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_two_halves_in_turns_keep_to_the_same_bound(num_ranks: int, limit: int) -> None:
+    config = replace(WIDE, max_tokens_per_chunk=limit)
+    bound = 4 * routed_peak(config, dim=WIDTH, tokens=TOKENS, num_local=8 // num_ranks)
+    peaks = run_ranks(num_ranks, lambda: layer_peak(config, is_skewed=True, in_halves=True))
+    assert 0.5 * bound < max(peaks) <= bound, f"{peaks} of {bound}"
 
 
 def test_without_chunks_the_peak_grows_with_the_ranks_and_with_them_it_does_not() -> None:

@@ -97,7 +97,7 @@ MANY: list[tuple[int, Layout]] = [
         for more in ({}, FULL, MUON)
     ),
     *(
-        (num_ranks, {"zero_stage": stage, **HALVES, **more})
+        (num_ranks, {"zero_stage": stage, "batch_size": 16, **HALVES, **more})
         for num_ranks in (2, 4)
         for stage in ZERO_STAGES
         for more in ({"accumulation": 2, **FULL}, {"sequence": 2, "offload_activations": True})
