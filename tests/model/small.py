@@ -40,10 +40,17 @@ def small_model(
     *,
     recompute: Recompute = Recompute.none,
     offloads: bool = False,
+    in_halves: bool = False,
     expert_group: dist.ProcessGroup | None = None,
 ) -> Transformer:
     """Large weights, so that nothing is nearly linear."""
-    model = Transformer(config, expert_group=expert_group, recompute=recompute, offloads=offloads)
+    model = Transformer(
+        config,
+        expert_group=expert_group,
+        recompute=recompute,
+        offloads=offloads,
+        in_halves=in_halves,
+    )
     initialise(model, seed=1, std=0.4)
     return model
 

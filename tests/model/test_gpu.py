@@ -38,11 +38,12 @@ def assert_near(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> 
     assert (got - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def test_losses_and_gradients_equal_the_cpus() -> None:
+@pytest.mark.parametrize("in_halves", [False, True])
+def test_losses_and_gradients_equal_the_cpus(in_halves: bool) -> None:
     batch = packed_batch(SEGMENTS)
     lengths = [length for row in SEGMENTS for length in row]
     here = small_model(small_config(mtp_depth=1))
-    there = small_model(small_config(mtp_depth=1)).cuda()
+    there = small_model(small_config(mtp_depth=1), in_halves=in_halves).cuda()
     sums = here(*batch, segments=lengths)
     sums_there = there(*(tensor.cuda() for tensor in batch), segments=lengths)
     assert torch.equal(sums.load, sums_there.load.cpu())

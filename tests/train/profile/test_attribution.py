@@ -24,18 +24,23 @@ FORWARD, BACKWARD = 1, 1000
 # One dense layer, two with experts, one depth of MTP.
 ROUTER = 2 + 1  # and the balance loss
 DISPATCH = 2 + 1 + 1 + 2 + 2  # permute, send, arrive, send back, combine
-CALLS = {
-    Part.embedding: 1,
-    Part.norms: 2 * (3 * 4 + 1),
-    Part.attention: 2 * 3,
-    Part.dense: 2,
-    Part.router: ROUTER * 2,
-    Part.dispatch: DISPATCH * 2,
-    Part.experts: 2 * 2,
-    Part.shared: 2 * 2,
-    Part.mtp: 2 * (1 + 3 + 4 + 1) + ROUTER + DISPATCH + 2 * 2,  # itself, and all of these in it
-    Part.head: 2 * 2,
-}
+
+
+def calls_with(runs: int) -> dict[Part, int]:
+    """`runs` through each block with experts: one, or one for each half."""
+    in_block = 2 * (4 + 1) + ROUTER + DISPATCH + 2 * 2
+    return {
+        Part.embedding: 1,
+        Part.norms: 2 * (4 + 2 * 4 * runs + 1),
+        Part.attention: 2 * (1 + 2 * runs),
+        Part.dense: 2,
+        Part.router: ROUTER * 2 * runs,
+        Part.dispatch: DISPATCH * 2 * runs,
+        Part.experts: 2 * 2 * runs,
+        Part.shared: 2 * 2 * runs,
+        Part.mtp: 2 * (1 + 3) + in_block * runs,  # itself, and all of these in it
+        Part.head: 2 * 2,
+    }
 
 
 class Clock:
@@ -96,10 +101,13 @@ def slow_parts(transformer: Transformer, clock: Clock) -> Iterator[None]:
         patch.stop()
 
 
+@pytest.mark.parametrize("in_halves", [False, True])
 @pytest.mark.parametrize("recompute", list(Recompute))
-def test_a_parts_work_is_its_own_forward_and_backward(recompute: Recompute) -> None:
+def test_a_parts_work_is_its_own_forward_and_backward(
+    recompute: Recompute, in_halves: bool
+) -> None:
     config = tiny_model()
-    transformer = Transformer(config, recompute=recompute)
+    transformer = Transformer(config, recompute=recompute, in_halves=in_halves)
     initialise(transformer, seed=0, std=0.05)
     clock = Clock()
     stopwatch = Counted(clock)
@@ -117,15 +125,16 @@ def test_a_parts_work_is_its_own_forward_and_backward(recompute: Recompute) -> N
         seconds = stopwatch.stop()
 
     assert set(seconds) >= {START, Label(Part.gradients, Phase.backward)}
-    for part, calls in CALLS.items():
+    wanted = calls_with(runs=2 if in_halves else 1)
+    for part, calls in wanted.items():
         assert seconds[Label(part, Phase.forward)] == calls * FORWARD, part
         backward, again = divmod(seconds[Label(part, Phase.backward)], BACKWARD)
         assert backward == calls, part
         assert (again > 0) <= (recompute is not Recompute.none), part
-    known = {*CALLS, Part.data, Part.gradients, Part.optimizer, Part.other, Part.profiler}
+    known = {*wanted, Part.data, Part.gradients, Part.optimizer, Part.other, Part.profiler}
     assert set(Part) == known
     assert sum(seconds.values()) == clock.now
-    assert all(seconds[label] == 0 for label in seconds if label.part not in CALLS)
+    assert all(seconds[label] == 0 for label in seconds if label.part not in wanted)
 
 
 def test_what_followed_a_step_leaves_no_trace() -> None:
