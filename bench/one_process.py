@@ -33,6 +33,7 @@ def make_replicated(model: nn.Module, dtype: torch.dtype) -> Replicated:
         dtype=dtype,
         clip_norm=OPTIMIZER.clip_norm,
         bucket_size=50_000_000,
+        overlaps=False,
         expert_names=frozenset(),
         expert_group=None,
         expert_copies=None,

@@ -368,6 +368,7 @@ class Engine:
             dtype=config.precision.dtype.torch,
             clip_norm=config.optimizer.clip_norm,
             bucket_size=config.parallel.reduce_bucket_size,
+            overlaps=config.parallel.overlap_comm,
             expert_names=frozenset(self._first_experts),
             expert_group=expert_group,
             expert_copies=expert_copies,

@@ -9,12 +9,14 @@ ranks, and the experts' over the ranks that hold the same experts.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from train.engine.reduction import Bucket, Reduction, fill_buckets
 from train.engine.sharding import StepResult, Stretch
 from train.optimizer.adamw import AdamW
 
@@ -38,15 +40,15 @@ class Replicated:
         dtype: torch.dtype,
         clip_norm: float,
         bucket_size: int,
+        overlaps: bool,
         expert_names: frozenset[str],
         expert_group: dist.ProcessGroup | None,
         expert_copies: dist.ProcessGroup | None,
     ) -> None:
         """`model` holds fp32 values; `expert_group` spreads the experts, `expert_copies` repeats
-        them."""
+        them. `overlaps`: gradients leave beside the backward pass that completes them."""
         self._model = model
         self._clip_norm = clip_norm
-        self._bucket_size = bucket_size
         self._expert_group = expert_group
         parameters = dict(model.named_parameters())
         is_spread = expert_group is not None
@@ -61,14 +63,25 @@ class Replicated:
         for group in param_groups:
             group["params"] = [of_parameter[id(parameter)] for parameter in group["params"]]
         self.optimizer = build(param_groups)
+        self._buckets = self._fill_buckets(bucket_size)
+        self._reduction: Reduction | None = None  # of the backward pass that is running
+        if overlaps:
+            for name, parameter in parameters.items():  # after its master has gathered it
+                parameter.register_post_accumulate_grad_hook(partial(self._note, name))
 
     def forward(self, *inputs: Any, **settings: Any) -> Any:
         return self._model(*inputs, **settings)
 
     def backward(self, share_of_loss: Tensor, *, is_last: bool) -> None:
+        reduction = Reduction(self._buckets, self._gradient) if is_last else None
+        self._reduction = reduction
         share_of_loss.backward()
-        if is_last:
-            self._reduce()
+        self._reduction = None
+        if reduction is not None:
+            for master in self._masters.values():
+                if master.grad is None:  # no micro-batch of this rank used it
+                    master.grad = torch.zeros_like(master)
+            reduction.finish()
 
     def step(self, lr: float) -> StepResult:
         for group in self.optimizer.param_groups:
@@ -130,32 +143,23 @@ class Replicated:
             owners |= {name: ranks[i % len(ranks)] for i, name in enumerate(copies.names)}
         return owners
 
-    @torch.no_grad()
-    def _reduce(self) -> None:
-        for master in self._masters.values():
-            if master.grad is None:  # no micro-batch of this rank used it
-                master.grad = torch.zeros_like(master)
-        for copies in (self._others, self._experts):
-            for bucket in self._buckets(copies):
-                grads = self._gradients(bucket)
-                flat = torch.cat([grad.view(-1) for grad in grads])
-                dist.all_reduce(flat, group=copies.group)
-                for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-                    grad.view(-1).copy_(total)
+    def _note(self, name: str, _: Tensor) -> None:
+        if self._reduction is not None:
+            self._reduction.note(name)
 
-    def _buckets(self, copies: Copies) -> Iterator[list[str]]:
-        if dist.get_world_size(copies.group) == 1:
-            return
-        bucket: list[str] = []
-        numel = 0
-        for name in copies.names:
-            numel += self._masters[name].numel()
-            bucket.append(name)
-            if numel >= self._bucket_size:
-                yield bucket
-                bucket, numel = [], 0
-        if bucket:
-            yield bucket
+    def _fill_buckets(self, size: int) -> list[Bucket]:
+        """In the order in which a backward pass completes them."""
+        buckets = [
+            bucket
+            for copies in (self._others, self._experts)
+            for bucket in fill_buckets(
+                {name: self._masters[name].numel() for name in copies.names},
+                copies.group,
+                bucket_size=size,
+            )
+        ]
+        places = {name: place for place, name in enumerate(self._masters)}
+        return sorted(buckets, key=lambda bucket: places[bucket.names[0]], reverse=True)
 
     @torch.no_grad()
     def _norm(self) -> Tensor:
@@ -168,9 +172,13 @@ class Replicated:
         return squares.sqrt()
 
     def _gradients(self, names: Iterable[str]) -> list[Tensor]:
-        """Of these masters; after `_reduce` each has one."""
-        gradients = [self._masters[name].grad for name in names]
-        return [gradient for gradient in gradients if gradient is not None]
+        return [self._gradient(name) for name in names]
+
+    def _gradient(self, name: str) -> Tensor:
+        """Of a master; after a step's last backward pass each has one."""
+        gradient = self._masters[name].grad
+        assert gradient is not None, "asked for when it is complete"
+        return gradient
 
     def _squares(self, copies: Copies) -> Tensor:
         norms = torch._foreach_norm(self._gradients(copies.names))

@@ -70,7 +70,7 @@ class ParallelConfig:
     reduce_bucket_size: int = 50_000_000
     #: Elements up to which ZeRO 3 keeps a parameter whole on every rank between its uses.
     keep_whole: int = 100_000
-    #: Whether gradients are reduced beside the backward pass (GPUs only).
+    #: Whether gradients are reduced beside the backward pass (ZeRO 1 to 3: GPUs only).
     overlap_comm: bool = False
 
 
