@@ -92,19 +92,35 @@ def test_selective_recompute_exchanges_rows_as_often_as_none() -> None:
 
 
 def bytes_kept(
-    config: ModelConfig, mode: Recompute, *, is_dense: bool, seq_len: int, is_fp8: bool = False
+    config: ModelConfig,
+    mode: Recompute,
+    *,
+    is_dense: bool,
+    seq_len: int,
+    is_fp8: bool = False,
+    in_halves: bool = False,
 ) -> int:
-    """What stays allocated between a block's forward and backward pass, its input included."""
-    block = Block(config, is_dense=is_dense, expert_group=None, sequences=WholeSequences())
+    """What stays allocated between a block's forward and backward pass, its input included.
+
+    Of one sequence; `in_halves` of two.
+    """
+    block = Block(
+        config,
+        is_dense=is_dense,
+        expert_group=None,
+        sequences=WholeSequences(),
+        in_halves=in_halves,
+    )
     initialise(block, seed=1, std=0.4)
     if is_fp8:
         use_fp8(block)
-    positions = torch.arange(seq_len)[None]
+    count = 2 if in_halves else 1
+    positions = torch.arange(seq_len).expand(count, seq_len)
     turn = rotation(config.rope, positions, dim=config.attention.rotated_dim)
-    counted = torch.ones(1, seq_len, dtype=torch.bool)
+    counted = torch.ones(count, seq_len, dtype=torch.bool)
     with LiveBytes() as live:
-        x = torch.randn(1, seq_len, config.dim).requires_grad_()
-        out = recomputed(block, mode=mode)(x, turn, counted, segments=[seq_len])
+        x = torch.randn(count, seq_len, config.dim).requires_grad_()
+        out = recomputed(block, mode=mode)(x, turn, counted, segments=[seq_len] * count)
         hidden = out.hidden.untyped_storage().nbytes()  # the next block's input
     return live.now - hidden
 
@@ -118,6 +134,19 @@ def test_a_block_keeps_the_bytes_that_the_formula_says(
     config = KINDS[kind]()
     short, long = (bytes_kept(config, mode, is_dense=is_dense, seq_len=n) for n in (32, 96))
     assert (long - short) / 64 == 4 * kept_per_token(config, is_dense=is_dense, recompute=mode)
+
+
+@pytest.mark.parametrize("is_fp8", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", Recompute)
+def test_a_block_in_halves_keeps_as_much_for_each_token(mode: Recompute, is_fp8: bool) -> None:
+    config = small_config()
+    _, short, long = (  # at its first use FP8 makes a table that stays
+        bytes_kept(config, mode, is_dense=False, seq_len=n, is_fp8=is_fp8, in_halves=True)
+        for n in (8, 32, 96)
+    )
+    assert (long - short) / 64 == 2 * kept_bytes_per_token(
+        config, is_dense=False, recompute=mode, size=4, is_fp8=is_fp8
+    )
 
 
 def wide() -> ModelConfig:

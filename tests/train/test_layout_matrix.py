@@ -48,10 +48,9 @@ FEW: list[tuple[int, Layout]] = [
     (2, {"zero_stage": 0, "expert": 2, "accumulation": 2, **MUON}),
     (2, {"zero_stage": 2, "expert": 2, "accumulation": 2, **OFFLOAD, **FULL}),
     (2, {"zero_stage": 3, "expert": 2, **FULL}),
-    (2, {"zero_stage": 1, **HALVES}),
     (2, {"zero_stage": 1, "expert": 2, "sequence": 2, "accumulation": 2, **SELECTIVE}),
     (2, {"pipeline": 2, "pipeline_schedule": PipelineSchedule.dualpipev, "accumulation": 4}),
-    (4, {"zero_stage": 1, "expert": 2, **BF16_MOMENTS}),
+    (4, {"zero_stage": 1, **HALVES, **BF16_MOMENTS}),
     (4, {"pipeline": 2, "expert": 2, "accumulation": 4, **SELECTIVE, **CHUNKS}),
 ]
 
@@ -102,6 +101,8 @@ MANY: list[tuple[int, Layout]] = [
         for stage in ZERO_STAGES
         for more in ({"accumulation": 2, **FULL}, {"sequence": 2, "offload_activations": True})
     ),
+    (2, {"zero_stage": 1, **HALVES}),
+    (4, {"zero_stage": 1, "expert": 2, **BF16_MOMENTS}),
     *((2, {"zero_stage": stage, **HALVES, **SELECTIVE, **CHUNKS}) for stage in (0, 1, 2)),
     (2, {"zero_stage": 3, **HALVES, **FULL, **CHUNKS}),
     (2, {"zero_stage": 3, **HALVES, **DISK}),
