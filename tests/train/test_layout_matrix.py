@@ -102,6 +102,10 @@ MANY: list[tuple[int, Layout]] = [
         for more in ({"accumulation": 2, **FULL}, {"sequence": 2, "offload_activations": True})
     ),
     (2, {"zero_stage": 1, **HALVES}),
+    *(
+        (4, {"zero_stage": 0, "accumulation": 2, "overlap_comm": True, "batch_size": 16, **more})
+        for more in (FULL, HALVES | SELECTIVE | CHUNKS)
+    ),
     (4, {"zero_stage": 1, "expert": 2, **BF16_MOMENTS}),
     *((2, {"zero_stage": stage, **HALVES, **SELECTIVE, **CHUNKS}) for stage in (0, 1, 2)),
     (2, {"zero_stage": 3, **HALVES, **FULL, **CHUNKS}),
