@@ -76,8 +76,8 @@ class DataConfig:
     reset_positions: bool = True
     #: Patience with a file system that fails while a run reads.
     retry: RetryConfig = field(default_factory=RetryConfig)
-    #: Bytes of local disk that copies of one remote source's shards may take; what does not fit is
-    #: read from afar.
+    #: Bytes of local disk that the tokens (.bin) of one remote source's training shards may take;
+    #: what does not fit is read from afar. Held-out text and small files come on top of it.
     cache_bytes: int = 100 * 2**30
     #: What is checked before a prepared corpus is used: full (sha256) or fast (sizes).
     verify: Verify = Verify.full

@@ -1,5 +1,6 @@
 """What a model is judged by: the text that its corpora hold out, and what that is compared with."""
 
+from collections.abc import Sequence
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from data.config import DataConfig, list_sources
 from data.manifest import SplitRecord
-from data.prepared_corpus import PreparedCorpus, open_corpora
+from data.prepared_corpus import PreparedCorpus, open_verified
 from data.samples import Samples, join_held_out
 from data.unigram import Counts, load_counts
 
@@ -22,14 +23,21 @@ class HeldOut(NamedTuple):
     fingerprint: str  # of all of it
 
 
-def open_held_out(config: DataConfig, *, tokenizer_fingerprint: str | None = None) -> HeldOut:
-    """What a model is judged by that is trained on the corpora of `config`.
+def open_held_out(
+    config: DataConfig,
+    *,
+    tokenizer_fingerprint: str | None = None,
+    corpora: Sequence[PreparedCorpus] | None = None,
+) -> HeldOut:
+    """What a model is judged by that is trained on the corpora of `config`, which may be open
+    already.
 
     Raises:
         ValueError: See `open_corpora`, `TokenStream` and `Samples`.
         OSError: What lies behind a URL can't be read, and has no local copy.
     """
-    corpora = open_corpora(config)
+    if corpora is None:
+        corpora = open_verified(config)
     records = [corpus.manifest.validation for corpus in corpora]
     masked = config.mask_documents
     return HeldOut(
@@ -47,7 +55,7 @@ def _fingerprint(records: list[SplitRecord]) -> str:
     return sha256(" ".join(hashes).encode()).hexdigest()
 
 
-def _blend_counts(config: DataConfig, corpora: list[PreparedCorpus]) -> Counts:
+def _blend_counts(config: DataConfig, corpora: Sequence[PreparedCorpus]) -> Counts:
     """Frequencies in what is trained on, the sources weighted as they are at the run's start."""
     splits = [corpus.manifest.train for corpus in corpora]
     own = [

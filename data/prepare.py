@@ -62,9 +62,9 @@ from data.manifest import (
 )
 from data.mirror import is_remote
 from data.prepare_tokenized import prepare_tokenized
-from data.prepared_corpus import find_tokenizer, open_corpora
+from data.prepared_corpus import bring_here, find_tokenizer, open_corpora
 from data.progress import Advance, Progress, open_progress
-from data.remote import bring_here, open_remote
+from data.remote import open_remote
 from data.report import make_report, write_report
 from data.select_corpus import Selection, select_documents
 from data.shard_pool import cut_shards, work_on_shards
@@ -131,7 +131,7 @@ def make_ready(config: DataConfig) -> None:
         return
     check_data(config)
     corpora = open_corpora(config)
-    bring_here(config)
+    bring_here(corpora)
     for corpus in corpora:
         log.info("source %s: %s tokens", corpus.name, f"{corpus.manifest.train.tokens:,}")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.blend import SourceConfig
-from data.config import DataConfig, MixtureData, find_folder, list_sources
+from data.config import DataConfig, MixtureData, Verify, find_folder, list_sources
 from data.documents import MappedIndex
 from data.manifest import FileRecord, Manifest, Split, read_manifest
 from data.mirror import is_remote
@@ -67,6 +67,41 @@ def open_corpus(source: SourceConfig, config: DataConfig) -> PreparedCorpus:
             raise
         raise ValueError(f"the source {source.name}: {error}") from error
     return PreparedCorpus(source.name, folder, manifest, remote)
+
+
+def open_verified(config: DataConfig) -> list[PreparedCorpus]:
+    """The same, after a look at the local copies of remote ones as `data.verify` wants it.
+
+    Raises:
+        ValueError: Likewise; a copy is damaged.
+        OSError: Likewise.
+    """
+    corpora = open_corpora(config)
+    verify_copies(corpora, config.verify)
+    return corpora
+
+
+def verify_copies(corpora: Sequence[PreparedCorpus], verify: Verify) -> None:
+    """Hashes the local copies of remote corpora if they are to be verified in full.
+
+    Raises:
+        ValueError: One is damaged.
+    """
+    for corpus in corpora:
+        if corpus.remote is not None and verify is Verify.full:
+            corpus.remote.verify_copies(corpus.manifest)
+
+
+def bring_here(corpora: Sequence[PreparedCorpus]) -> None:
+    """Local copies of the small files and the held-out text of all that lies behind a URL.
+
+    Raises:
+        ValueError: See `RemoteCorpus.bring`.
+        OSError: Likewise.
+    """
+    for corpus in corpora:
+        if corpus.remote is not None:
+            corpus.remote.bring_files(corpus.manifest)
 
 
 def find_tokenizer(config: DataConfig) -> Path:

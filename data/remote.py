@@ -8,38 +8,32 @@ dropping one shard for another would only copy more. (fsspec's own caches of fil
 """
 
 import logging
-import time
-from contextlib import suppress
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 
-from data.atomic_file import PARTIAL, write_aside
-from data.config import DataConfig, list_sources
-from data.file_lock import hold_lock
+from data.atomic_file import write_aside
+from data.config import DataConfig
+from data.failure import ReadError, is_lasting
+from data.file_lock import take_turn
+from data.local_copies import LocalCopies
 from data.manifest import FILE, FileRecord, Manifest, ShardRecord, Split, read_manifest
-from data.mirror import is_remote, mirror_folder
+from data.mirror import mirror_folder
 from data.remote_file import RemoteFile, RemoteTokens, open_url
 from data.retry import RetryConfig, retry
 from data.shards import DTYPES, INT32, UINT16
 
 log = logging.getLogger(__name__)
 
-COPIED_AT_ONCE = 2**24  # bytes
-LEFT_SECONDS = 3600  # since a copy was last written to, after which nobody is making it
+COPIED_AT_ONCE = 2**23  # bytes
+LOOKS_AT_ONCE = 64
 
-
-def bring_here(config: DataConfig) -> None:
-    """Local copies of the small files and the held-out text of all that lies behind a URL.
-
-    Raises:
-        ValueError: See `RemoteCorpus.bring`.
-        OSError: Likewise.
-    """
-    for source in list_sources(config):
-        if is_remote(source.folder):
-            open_remote(source.folder, config).bring()
+Tags = dict[str, str]
+"""What changes with a file's content, by its name."""
 
 
 def open_remote(url: str, config: DataConfig) -> "RemoteCorpus":
@@ -54,9 +48,11 @@ class RemoteCorpus:
         self.url = url.rstrip("/")
         self.folder = mirror_folder(url)
         self._most = cache_bytes
+        self._copies = LocalCopies(self.folder, url=self.url, most=cache_bytes)
         self._patience = patience
         self._root = open_url(self.url, timeout=patience.timeout_seconds)
-        self._checked: set[str] = set()  # files whose tag was compared
+        self._checked: set[str] = set()  # files that were looked at
+        self._tags: Tags = {}  # that all ranks agreed upon
 
     def bring(self) -> Manifest:
         """The manifest; it, all small files and the held-out text are local afterwards.
@@ -69,22 +65,28 @@ class RemoteCorpus:
             OSError: What has no local copy can't be read, or is not what was prepared.
         """
         manifest = self.bring_manifest()
-        records = [manifest.tokenizer.file, manifest.origin]
-        for split in (manifest.train, manifest.validation):
-            records += filter(None, (split.unigram, split.index, split.prompts))
-        records += [file for shard in manifest.validation.shards for file in (shard.bin, shard.idx)]
-        for record in records:
-            self.bring_file(record)
+        self.bring_files(manifest)
         return manifest
 
     def bring_manifest(self) -> Manifest:
         """The same, but nothing else is copied."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._remove_leftovers()
+        self._copies.open()
         self._bring_manifest()
         manifest = read_manifest(self.folder)
         self._refuse_elsewhere(manifest)
         return manifest
+
+    def bring_files(self, manifest: Manifest) -> None:
+        """The same, but for the manifest."""
+        records = _list_needed(manifest)
+        self._copies.refuse_without_room(records)
+        for record in records:
+            self.bring_file(record)
+
+    def verify_copies(self, manifest: Manifest) -> None:
+        """Raises ValueError where a copy that is here is damaged."""
+        files = [*_list_needed(manifest), *_files_of(manifest.train.shards)]
+        self._copies.refuse_damaged(files)
 
     def bring_file(self, record: FileRecord) -> Path:
         """The local copy of a file, made if there is none, with patience; see `copy`."""
@@ -98,11 +100,22 @@ class RemoteCorpus:
         sizes = np.cumsum([shard.bin.num_bytes for shard in manifest.train.shards])
         return (sizes <= self._most).tolist()
 
-    def copy(self, record: FileRecord) -> Path:
-        """The local copy of a file, made if there is none; by one of the processes that want it.
+    def refuse_without_room(self, manifest: Manifest) -> None:
+        """That the copies of all training shards which may have one find room on the disk.
 
         Raises:
-            OSError: It can't be read, or is not the file that was prepared.
+            ReadError: They don't.
+        """
+        kept = self.find_kept(manifest, Split.train)
+        shards = [s for s, is_kept in zip(manifest.train.shards, kept, strict=True) if is_kept]
+        self._copies.refuse_without_room(_files_of(shards))
+
+    def copy(self, record: FileRecord) -> Path:
+        """The local copy of a file, made if there is none; by one of the processes that want it,
+        whose failure is that of all who wait for it.
+
+        Raises:
+            OSError: It can't be read, has no room here, or is not the file that was prepared.
             ValueError: The manifest, which anybody may have written, names a place elsewhere.
         """
         if not _lies_in_folder(record.name):
@@ -111,9 +124,10 @@ class RemoteCorpus:
                 "is written there; copy the corpus there again"
             )
         path = self.folder / record.name
-        if not _is_whole(path, record):
-            with hold_lock(path.with_name(f"{path.name}.lock"), waits=True):
-                if not _is_whole(path, record):
+        if not self._copies.is_whole(record):
+            with self._turn(record.name, record.num_bytes):
+                if not self._copies.is_whole(record):
+                    self._copies.refuse_without_room([record])
                     self._download(record, path)
         return path
 
@@ -121,13 +135,42 @@ class RemoteCorpus:
         """The tokens of a shard without a copy.
 
         Raises:
-            OSError: The shard is another one than when it was first read.
+            OSError: The shard is another one than was prepared, or than when it was first read,
+                as far as that can be told.
         """
-        self._check_tag(shard.bin)
+        if shard.bin.name not in self._checked:
+            self._look(shard.bin)
         if shard.bin.num_bytes not in (2 * shard.tokens, 4 * shard.tokens):
-            raise OSError(f"{self.url}'s {FILE} contradicts itself about {shard.bin.name}")
+            raise ReadError(f"{self.url}'s {FILE} contradicts itself about {shard.bin.name}")
         code = UINT16 if shard.bin.num_bytes == 2 * shard.tokens else INT32
         return RemoteTokens(self._file(shard.bin.name), DTYPES[code])
+
+    def find_tags(self, manifest: Manifest) -> Tags:
+        """The tags of the training shards of which ranges are read, where the server gives any.
+
+        Raises:
+            OSError: See `open`.
+        """
+        kept = self.find_kept(manifest, Split.train)
+        shards = [s for s, is_kept in zip(manifest.train.shards, kept, strict=True) if not is_kept]
+
+        def look(shard: ShardRecord) -> str | None:
+            ask = lambda: self._look(shard.bin)  # noqa: E731
+            return retry(ask, self._patience, forget=self.forget)
+
+        with ThreadPoolExecutor(LOOKS_AT_ONCE) as threads:
+            found = zip(shards, threads.map(look, shards), strict=True)
+            return {shard.bin.name: tag for shard, tag in found if tag is not None}
+
+    def expect(self, tags: Tags) -> None:
+        """From now on only shards with these tags are read.
+
+        Raises:
+            ReadError: This node has read others.
+        """
+        self._tags = tags
+        for name, tag in tags.items():
+            self._refuse_other_tag(name, tag, self._note_tag(name, tag))
 
     def forget(self) -> None:
         """What the client knows of the files may be stale."""
@@ -136,25 +179,57 @@ class RemoteCorpus:
     def _file(self, name: str) -> RemoteFile:
         return self._root._replace(path=f"{self._root.path}/{name}")
 
-    def _check_tag(self, record: FileRecord) -> None:
-        """Ranges can't be checked by hash, so what is known of the whole file must stay the same;
-        it is asked once by each process."""
-        if record.name in self._checked:
-            return
-        remote, path = self._file(record.name), self.folder / f"{record.name}.etag"
-        tag = remote.find_tag()
-        if tag is not None:
-            with hold_lock(path.with_name(f"{record.name}.lock"), waits=True):
-                if not path.is_file():
-                    with write_aside(path, alone=False) as file:
-                        file.write(tag.encode())
-            if path.read_text() != tag:
-                raise OSError(
-                    f"{remote.url} was replaced since it was first read (its ETag is {tag}, was "
-                    f"{path.read_text()}); put the old one back, or, if it is the same, delete "
-                    f"{path}"
-                )
+    @contextmanager
+    def _turn(self, name: str, num_bytes: int) -> Iterator[None]:
+        """While entered, no other process writes the copy of a file."""
+        explained = self._copies.explained
+        # Once for the lock itself, once so that those who wait read the explanation.
+        with (
+            explained(num_bytes),
+            take_turn(self.folder / f"{name}.lock"),
+            explained(num_bytes),
+        ):
+            yield
+
+    def _look(self, record: FileRecord) -> str | None:
+        """The tag of a file of which ranges are read. They can't be checked by hash, so what is
+        known of the whole file must be what it was; it is asked once by each process."""
+        remote = self._file(record.name)
+        seen = remote.look()
+        if seen.num_bytes is not None and seen.num_bytes != record.num_bytes:
+            how = "shorter" if seen.num_bytes < record.num_bytes else "longer"
+            raise ReadError(
+                f"{remote.url} is {how} than the corpus' manifest says: {seen.num_bytes:,} bytes "
+                f"instead of {record.num_bytes:,}; copy the corpus there again"
+            )
+        if seen.tag is not None:
+            known = self._tags.get(record.name) or self._note_tag(record.name, seen.tag)
+            self._refuse_other_tag(record.name, seen.tag, known)
         self._checked.add(record.name)
+        return seen.tag
+
+    def _note_tag(self, name: str, tag: str) -> str:
+        """The tag that this node noted first, which is this one if it had none."""
+        path = self.folder / f"{name}.etag"
+        if not path.is_file():
+            try:
+                with self._turn(name, len(tag)):
+                    if not path.is_file():
+                        with write_aside(path, alone=False) as file:
+                            file.write(tag.encode())
+            except ReadError as error:
+                if not is_lasting(error):
+                    raise
+                return tag  # nothing can be noted on this disk
+        return path.read_text()
+
+    def _refuse_other_tag(self, name: str, tag: str, known: str) -> None:
+        if tag != known:
+            raise ReadError(
+                f"{self._file(name).url} was replaced since it was first read (its ETag is {tag}, "
+                f"was {known}); put the old one back, or, if it is the same, delete "
+                f"{self.folder / name}.etag on every node"
+            )
 
     def _bring_manifest(self) -> None:
         path, remote = self.folder / FILE, self._file(FILE)
@@ -178,10 +253,11 @@ class RemoteCorpus:
                 f"{self.url} holds no finished corpus (no {FILE}); corpora are made in local "
                 "folders: prepare it in one, and copy all of that to the URL"
             )
-        with hold_lock(self.folder / f"{FILE}.lock", waits=True):
-            if not path.is_file():
-                with write_aside(path, alone=False) as file:
-                    file.write(content)
+        if not path.is_file():
+            with self._turn(FILE, len(content)):
+                if not path.is_file():
+                    with write_aside(path, alone=False) as file:
+                        file.write(content)
         if path.read_bytes() != content:
             raise ValueError(
                 f"{self.folder} holds copies of another corpus than lies behind {self.url} now; "
@@ -201,35 +277,36 @@ class RemoteCorpus:
     def _download(self, record: FileRecord, path: Path) -> None:
         remote = self._file(record.name)
         digest = sha256()
-        source = remote.ask(lambda: remote.files.open(remote.path, "rb"))
-        with source, write_aside(path, alone=False) as file:
-            while part := remote.ask(lambda: source.read(COPIED_AT_ONCE)):
+        with remote.open() as source, write_aside(path, alone=False) as file:
+            while part := remote.read_part(source, COPIED_AT_ONCE):
                 digest.update(part)
                 file.write(part)
             if digest.hexdigest() != record.sha256:
-                raise OSError(
+                raise ReadError(
                     f"{remote.url} does not match its sha256 in {FILE}; copy the corpus there again"
                 )
 
-    def _remove_leftovers(self) -> None:
-        """Remove what processes were copying when they were killed."""
-        for path in self.folder.glob(f"*{PARTIAL}"):
-            with suppress(FileNotFoundError):  # another rank may remove it too
-                if time.time() - path.stat().st_mtime > LEFT_SECONDS:
-                    path.unlink()
+
+def _list_needed(manifest: Manifest) -> list[FileRecord]:
+    """What is copied in any case: small files and held-out text."""
+    records = [manifest.tokenizer.file, manifest.origin]
+    for split in (manifest.train, manifest.validation):
+        records += filter(None, (split.unigram, split.index, split.prompts))
+    return records + _files_of(manifest.validation.shards)
+
+
+def _files_of(shards: list[ShardRecord]) -> list[FileRecord]:
+    return [file for shard in shards for file in (shard.bin, shard.idx)]
 
 
 def _lies_in_folder(name: str) -> bool:
     return Path(name).name == name != ".."
 
 
-def _is_whole(path: Path, record: FileRecord) -> bool:
-    """Whether the copy is there; it was checked by its hash before it got its name."""
-    return path.is_file() and path.stat().st_size == record.num_bytes
-
-
 def _read_if_there(file: RemoteFile) -> bytes | None:
     try:
         return file.read()
-    except FileNotFoundError:
-        return None
+    except ReadError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise

@@ -13,12 +13,22 @@ import fsspec
 import numpy as np
 import numpy.typing as npt
 
-from data.retry import within
+from data.failure import ReadError, is_lasting
+from data.retry import Arrived, within
+
+RANGES_AT_ONCE = 512  # whose answers count as one sign of life
 
 T = TypeVar("T")
 
 MOST_BETWEEN = 2**15
 """Bytes between two ranges of a file that are fetched along: an answer's delay costs more."""
+
+
+class Seen(NamedTuple):
+    """What a file system says of a file without reading it, where it says so."""
+
+    tag: str | None  # changes with the content (HTTP's ETag)
+    num_bytes: int | None
 
 
 class RemoteFile(NamedTuple):
@@ -33,28 +43,49 @@ class RemoteFile(NamedTuple):
         """The file as a user would name it."""
         return str(self.files.unstrip_protocol(self.path))
 
-    def ask(self, request: Callable[[], T]) -> T:
-        """What a request returns.
+    def ask(self, request: Callable[[Arrived], T]) -> T:
+        """What a request returns; it calls what it is handed for each part of a long answer.
 
         Raises:
-            OSError: It failed, or took too long; the file is named.
+            ReadError: It failed, or nothing came for too long; the file is named.
         """
         try:
             return within(self.timeout, request, what=self.url)
         except Exception as error:
-            if isinstance(error, FileNotFoundError | TimeoutError) and str(error):
-                raise  # these name the file
-            raise OSError(f"{self.url}: {str(error) or repr(error)}") from error
+            text = str(error) or repr(error)
+            named = text if self.url in text else f"{self.url}: {text}"
+            raise ReadError(named, is_lasting=is_lasting(error)) from error
 
     def read(self) -> bytes:
         """All of it."""
-        content: bytes = self.ask(lambda: self.files.cat_file(self.path))
+        content: bytes = self.ask(lambda _: self.files.cat_file(self.path))
         return content
 
-    def find_tag(self) -> str | None:
-        """What changes with the file's content (HTTP's ETag), where its file system says it."""
-        info: dict[str, Any] = self.ask(lambda: self.files.info(self.path))
-        return next((str(info[key]) for key in ("ETag", "etag") if info.get(key)), None)
+    def look(self) -> Seen:
+        """What can be known without reading it."""
+        info: dict[str, Any] = self.ask(lambda _: self.files.info(self.path))
+        tag = next((str(info[key]) for key in ("ETag", "etag") if info.get(key)), None)
+        return Seen(tag, info.get("size"))
+
+    def open(self) -> Any:
+        """The file, to be read from its beginning on by `read_part`."""
+        # Without a block size of its own a web server's client takes what comes, in one request;
+        # others ask for just the part.
+        return self.ask(lambda _: self.files.open(self.path, "rb", block_size=0))
+
+    def read_part(self, opened: Any, most: int) -> bytes:
+        """So many bytes more, or what is left."""
+
+        def read(arrived: Arrived) -> bytes:
+            parts: list[bytes] = []
+            left = most
+            while left and (part := opened.read(left)):
+                arrived()
+                parts.append(part)
+                left -= len(part)
+            return b"".join(parts)
+
+        return self.ask(read)
 
 
 def open_url(url: str, *, timeout: float) -> RemoteFile:
@@ -64,10 +95,22 @@ def open_url(url: str, *, timeout: float) -> RemoteFile:
         ValueError: fsspec knows no such scheme, or lacks its package.
     """
     try:
-        files, path = fsspec.url_to_fs(url)
+        files, path = fsspec.url_to_fs(url, **_client_options(url, timeout))
     except (ValueError, ImportError) as error:
         raise ValueError(f"{url} can't be read: {error}") from error
     return RemoteFile(files, path.rstrip("/"), timeout)
+
+
+def _client_options(url: str, timeout: float) -> dict[str, Any]:
+    """A web server's client ends every answer after five minutes, however much comes of it."""
+    scheme = url.split("://")[0]
+    if scheme not in ("http", "https"):
+        return {}
+    import aiohttp  # may not be installed; only such URLs need it
+
+    patience = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
+    given = fsspec.config.conf.get(scheme, {}).get("client_kwargs", {})
+    return {"client_kwargs": {"timeout": patience, **given}}
 
 
 class Stretch(NamedTuple):
@@ -89,7 +132,7 @@ class RemoteTokens:
         found = self.find(where.start, where.stop)
         if found is None:
             span = where.start * self.dtype.itemsize, where.stop * self.dtype.itemsize
-            content = self.file.ask(lambda: self.file.files.cat_file(self.file.path, *span))
+            content = self.file.ask(lambda _: self.file.files.cat_file(self.file.path, *span))
             found = self.check(where.start, where.stop, content)
         return found.content[where.start - found.start : where.stop - found.start]
 
@@ -106,11 +149,12 @@ class RemoteTokens:
         """
         wanted = (stop - start) * self.dtype.itemsize
         if len(content) < wanted:
-            raise OSError(f"{self.file.url} is shorter than the corpus' manifest says")
+            raise ReadError(f"{self.file.url} is shorter than the corpus' manifest says")
         if len(content) > wanted:
-            raise OSError(
+            raise ReadError(
                 f"{self.file.url}: the server sends the whole file when it is asked for a range; "
-                "raise data.cache_bytes until all shards have a local copy, or use another server"
+                "raise data.cache_bytes until all shards have a local copy, or use another server",
+                is_lasting=True,
             )
         return Stretch(start, stop, np.frombuffer(content, self.dtype))
 
@@ -141,7 +185,7 @@ def fetch(wanted: Iterable[Wanted]) -> None:
     for tokens, start, stop in _join(wanted):
         by_system.setdefault(id(tokens.file.files), []).append((tokens, start, stop))
     for ranges in by_system.values():
-        contents = ranges[0][0].file.ask(lambda: _cat_ranges(ranges))  # noqa: B023
+        contents = ranges[0][0].file.ask(lambda arrived: _cat_ranges(ranges, arrived))  # noqa: B023
         answers = zip(ranges, contents, strict=True)
         for tokens, answered in groupby(answers, key=lambda answer: answer[0][0]):
             tokens.keep([tokens.check(start, stop, got) for (_, start, stop), got in answered])
@@ -166,14 +210,19 @@ def _join(wanted: Iterable[Wanted]) -> Iterator[Wanted]:
             yield tokens, start, stop
 
 
-def _cat_ranges(ranges: list[Wanted]) -> list[bytes]:
-    sizes = [tokens.dtype.itemsize for tokens, _, _ in ranges]
-    contents: list[bytes] = ranges[0][0].file.files.cat_ranges(
-        [tokens.file.path for tokens, _, _ in ranges],
-        [start * size for (_, start, _), size in zip(ranges, sizes, strict=True)],
-        [stop * size for (_, _, stop), size in zip(ranges, sizes, strict=True)],
-        on_error="raise",
-    )
+def _cat_ranges(ranges: list[Wanted], arrived: Arrived) -> list[bytes]:
+    files = ranges[0][0].file.files
+    contents: list[bytes] = []
+    for first in range(0, len(ranges), RANGES_AT_ONCE):
+        some = ranges[first : first + RANGES_AT_ONCE]
+        sizes = [tokens.dtype.itemsize for tokens, _, _ in some]
+        contents += files.cat_ranges(
+            [tokens.file.path for tokens, _, _ in some],
+            [start * size for (_, start, _), size in zip(some, sizes, strict=True)],
+            [stop * size for (_, _, stop), size in zip(some, sizes, strict=True)],
+            on_error="raise",
+        )
+        arrived()
     for content in contents:
         if isinstance(content, Exception):  # fsspec 2024.2 returns those of HTTP and S3
             raise content

@@ -11,7 +11,7 @@ from data.gather import Gather
 from data.manifest import Split
 from data.mixture import Drawn, Mixture, Row
 from data.position import Position, SourcePosition
-from data.prepared_corpus import PreparedCorpus, open_corpora
+from data.prepared_corpus import PreparedCorpus, open_verified
 from data.retry import retry
 from data.rows import Rows, read_rows
 from data.source import Source
@@ -23,17 +23,26 @@ class TrainingData:
 
     Raises:
         ValueError: A corpus is unfinished, corrupted or of another tokenizer than the others.
+        OSError: What lies behind a URL can't be read, or its copies find no room.
     """
 
-    def __init__(self, config: DataConfig, *, seed: int) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        seed: int,
+        corpora: Sequence[PreparedCorpus] | None = None,
+    ) -> None:
+        """`corpora` are those of the config, where they are open already."""
+        if corpora is None:
+            corpora = open_verified(config)
         self._config = config
         self._seed = seed
         self._gather = Gather()
         self._identities: dict[str, str] = {}
         wanted = list_sources(config)
         sources = [
-            self._open(source, corpus)
-            for source, corpus in zip(wanted, open_corpora(config), strict=True)
+            self._open(source, corpus) for source, corpus in zip(wanted, corpora, strict=True)
         ]
         stages = config.stages if isinstance(config, MixtureData) else []
         weights = {source.name: source.weight for source in wanted}
@@ -104,6 +113,8 @@ class TrainingData:
 
     def _open(self, source: SourceConfig, corpus: PreparedCorpus) -> Source:
         folder, manifest = corpus.folder, corpus.manifest
+        if corpus.remote is not None:
+            corpus.remote.refuse_without_room(manifest)
         stream = TokenStream(folder, Split.train, verify=self._config.verify, remote=corpus.remote)
         self._identities[source.name] = manifest.train.fingerprint
         record, tokenizer, fim = manifest.train, manifest.tokenizer, self._config.fim

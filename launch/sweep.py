@@ -41,7 +41,7 @@ def read_rows(results: list[Result]) -> list[dict[str, Any]]:
     for number, result in enumerate(results):
         folder = result.job.folder
         assert folder is not None, "every job of a sweep has a folder"
-        outcome = None if result.exit_code == ExitCode.MISTAKE else read_outcome(folder)
+        outcome = None if result.complaint else read_outcome(folder)
         status = "refused" if result.exit_code == ExitCode.MISTAKE else "failed"
         rows.append(
             {

@@ -6,6 +6,7 @@ from pathlib import Path
 from data.batches import Batch
 from data.config import read_alike
 from data.credentials import refuse_credentials
+from data.failure import ReadError
 from data.held_out import open_held_out
 from model.transformer import Sums
 from train.checkpoint.restore import restore
@@ -67,4 +68,4 @@ def evaluate_run(config: EvaluateConfig) -> Evaluation:
             max_sequences=config.max_sequences,
         )
     except DataError as error:
-        raise OSError("; ".join(error.failures.values())) from error
+        raise ReadError("; ".join(error.failures.values())) from error

@@ -12,6 +12,7 @@ from train.read import read, refuse_failures
 from train.run import Run
 from train.schedule import batch_size, learning_rate, model_at
 from train.update import count_denominators, update
+from train.watch.stall import DATA_WAIT
 
 
 def train(config: RunConfig, ranks: Ranks) -> Outcome:
@@ -38,7 +39,7 @@ def train(config: RunConfig, ranks: Ranks) -> Outcome:
             run.check_save(journal)
             run.profiler.start_step()
             size = batch_size(schedule, progress.step)
-            with HERE.doing("data wait", is_collective=False):
+            with HERE.doing(DATA_WAIT, is_collective=False):
                 micro_batches, position, failure = read(batches, progress.data, size)
             over = count_denominators(micro_batches, config.model, ranks)
             if ranks.any(interrupt.is_requested or failure is not None):

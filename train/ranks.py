@@ -73,6 +73,10 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def is_first_of_node(self) -> bool:
+        return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
     def beside(self) -> "Ranks":
         """The same ranks as a thread beside the training meets them."""
         return replace(self, control=self.background)

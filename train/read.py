@@ -5,19 +5,22 @@ from typing import NamedTuple
 
 from data.batches import Batch, Batches
 from data.position import Position
+from model.whereabouts import HERE
 from train.ranks import Ranks
+from train.watch.stall import DATA_WAIT
 
 
 class DataError(Exception):
-    """Samples could not be read on at least one rank; the run is saved where it stood."""
+    """Samples could not be read on at least one rank."""
 
-    def __init__(self, failures: dict[int, str]) -> None:
-        """`failures` are what happened on those ranks."""
+    def __init__(self, failures: dict[int, str], *, is_saved: bool = True) -> None:
+        """`failures` are what happened on those ranks; a run that had begun is saved."""
         self.failures = failures
         self.ranks = list(failures)
         listed = "; ".join(f"rank {rank}: {text}" for rank, text in failures.items())
         super().__init__(
-            f"the data can't be read ({listed}); the run is saved and goes on from there: mend the "
+            f"the data can't be read ({listed}); "
+            f"{'the run is saved and goes on from there: ' * is_saved}mend the "
             "file system or put the file back, and start the same command again"
         )
 
@@ -48,7 +51,8 @@ def read_together(batches: Iterator[Batch], ranks: Ranks) -> Iterator[Batch]:
     while True:
         batch, failure = None, None
         try:
-            batch = next(batches, None)
+            with HERE.doing(DATA_WAIT, is_collective=False):
+                batch = next(batches, None)
         except OSError as error:
             failure = str(error)
         if ranks.any(failure is not None):
@@ -58,7 +62,7 @@ def read_together(batches: Iterator[Batch], ranks: Ranks) -> Iterator[Batch]:
         yield batch
 
 
-def refuse_failures(failure: str | None, ranks: Ranks) -> None:
+def refuse_failures(failure: str | None, ranks: Ranks, *, is_saved: bool = True) -> None:
     """Stop a run, on all ranks, whose data can't be read.
 
     Raises:
@@ -66,4 +70,4 @@ def refuse_failures(failure: str | None, ranks: Ranks) -> None:
     """
     failures = {rank: text for rank, text in enumerate(ranks.gather(failure)) if text is not None}
     if failures:
-        raise DataError(failures)
+        raise DataError(failures, is_saved=is_saved)

@@ -13,7 +13,8 @@ import torch
 from data.batches import Batches
 from data.config import Verify
 from data.held_out import open_held_out
-from data.remote import bring_here
+from data.prepared_corpus import bring_here, open_corpora, verify_copies
+from data.retry import longest_silence
 from data.training_data import TrainingData
 from model.backends import choose_all, describe
 from model.cost import count_parameters
@@ -39,6 +40,7 @@ from train.read import DataError
 from train.schedule import batch_size, learning_rate
 from train.watch.agreement import check_agreement
 from train.watch.drift import DriftMonitor
+from train.watch.shard_agreement import agree_on_shards
 from train.watch.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -55,18 +57,23 @@ class Run:
         self.config = config
         self.ranks = ranks
         self.run_dir = Path(config.run_dir)
-        bring_here(config.data)  # where a node has a disk of its own
+        corpora = open_corpora(config.data)
+        # Nodes may have disks of their own, each with copies of what lies behind a URL.
+        if ranks.is_first_of_node:
+            verify_copies(corpora, config.data.verify)
+        bring_here(corpora)
+        agree_on_shards(corpora, ranks)
         # The first rank reads the whole corpus once to check it; the others trust its word.
         trusting = replace(config.data, verify=Verify.fast)
         data = config.data if ranks.is_first else trusting
-        self.held_out = open_held_out(trusting)
+        self.held_out = open_held_out(trusting, corpora=corpora)
         self.tokenizer = self.held_out.samples.tokenizer
         if self.tokenizer.size > config.model.vocab_size:
             raise ValueError(
                 f"model.vocab_size={config.model.vocab_size} is smaller than the "
                 f"{self.tokenizer.size} entries of the corpus' tokenizer; choose at least that many"
             )
-        self.training = TrainingData(data, seed=config.seed)
+        self.training = TrainingData(data, seed=config.seed, corpora=corpora)
         self.batches = Batches(
             self.training,
             rank=ranks.replica,
@@ -106,7 +113,10 @@ class Run:
         self._stall_seconds = 0.0
         self._versions = code_version()
         self._described = describe_config(config)  # once: it takes longer than a small state's copy
-        self.watchdog = Watchdog(config.watchdog, run_dir=self.run_dir, ranks=ranks)
+        silence = longest_silence(config.data.retry, is_remote=any(one.remote for one in corpora))
+        self.watchdog = Watchdog(
+            config.watchdog, run_dir=self.run_dir, ranks=ranks, data_seconds=silence
+        )
         self._show_placement()
         self._show_backends()
         self.check_agreement()

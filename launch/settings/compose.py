@@ -1,7 +1,8 @@
 """From a command line to composed configs, one or, under `-m`, several: where Hydra is used.
 
 Hydra reports mistakes in its own words with exit code 1 and hides what a job returns. Here
-every mistake of the user ends in one message (`launch.settings.mistake`) and exit code 2.
+every mistake of the user ends in one message (`launch.settings.mistake`) and exit code 2, and a
+corpus that can't be read just now in exit code 1.
 """
 
 import logging
@@ -21,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.config import DATA_KINDS
 from data.credentials import refuse_credentials
+from data.failure import ReadError
 from launch.settings.config import LAUNCH_KINDS
 from launch.settings.help import describe_groups
 from launch.settings.mistake import MISTAKES, explain, unknown_key
@@ -54,7 +56,7 @@ class Job(NamedTuple):
 class Result(NamedTuple):
     job: Job
     exit_code: ExitCode
-    complaint: str  # what the user must change; empty where nothing
+    complaint: str  # why nothing was started; empty where something was
 
 
 def run_jobs(
@@ -82,6 +84,9 @@ def run_jobs(
         except KeyboardInterrupt:
             print("interrupted before the ranks were started", file=sys.stderr)
             results.append(Result(job, ExitCode.INTERRUPTED, ""))
+        except ReadError as error:  # nobody's mistake: the same command may do better later
+            print(error, file=sys.stderr)
+            results.append(Result(job, ExitCode.FAILED, str(error)))
         except MISTAKES as error:
             if show_traceback:
                 raise

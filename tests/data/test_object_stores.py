@@ -18,14 +18,14 @@ from data.manifest import write_manifest
 from data.mirror import mirror_folder
 from data.position import Position
 from data.prepare import Prepared, make_ready, prepare, tokenizer_path
-from data.remote import bring_here
+from data.prepared_corpus import bring_here, open_corpora
 from data.remote_file import MOST_BETWEEN, RemoteFile, RemoteTokens, fetch, open_url
 from data.retry import RetryConfig
 from data.rows import Rows
 from data.samples import open_samples
 from data.training_data import TrainingData
 from tests.data.conftest import ConfigMaker
-from tests.data.web_server import WebServer, serve
+from tests.data.web_server import WebServer, hold_port, serve
 from tests.ranks import run_ranks
 
 HASTE = RetryConfig(attempts=2, wait_seconds=0.001)
@@ -59,7 +59,7 @@ class Web:
         self.server.stop()
 
     def come_back(self) -> None:
-        self.server.start(self.server.port)
+        self.server.start()
 
 
 class S3:
@@ -68,9 +68,9 @@ class S3:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         moto = pytest.importorskip("moto.server", reason="pip install 'thrifty[s3]'")
         self._serve = moto.ThreadedMotoServer
-        self._server = self._serve(port=0, verbose=False)
-        self._server.start()
-        host, self._port = self._server.get_host_and_port()
+        self._place = hold_port()
+        host, self._port = self._place.getsockname()
+        self.come_back()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{self._port}")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "none")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
@@ -89,11 +89,17 @@ class S3:
         self._client.delete_object(Bucket="bucket", Key=f"corpora/small/{name}")
 
     def leave(self) -> None:
-        self._server.stop()
+        server, self._server = self._server, None
+        if server is not None:
+            server.stop()
 
     def come_back(self) -> None:
-        self._server = self._serve(port=self._port, verbose=False)
+        self._server = self._serve(ip_address="127.0.0.1", port=self._port, verbose=False)
         self._server.start()
+
+    def close(self) -> None:
+        self.leave()
+        self._place.close()
 
 
 @pytest.fixture(params=["http", pytest.param("s3", marks=pytest.mark.slow)])
@@ -114,7 +120,7 @@ def store(
     for path in folder.iterdir():
         s3.put(path.name, path.read_bytes())
     yield s3
-    s3.leave()
+    s3.close()
 
 
 @pytest.fixture
@@ -280,7 +286,7 @@ def test_without_copies_a_server_that_is_away_is_named(store: Store) -> None:
 def test_processes_of_a_node_copy_each_file_once(web: WebServer, prepared: Prepared) -> None:
     def read_all() -> int:
         config = read_config(web.url)
-        bring_here(config)
+        bring_here(open_corpora(config))
         open_samples(config)
         return len(read(TrainingData(config, seed=4)))
 

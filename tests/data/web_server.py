@@ -1,6 +1,7 @@
 """A real web server of a folder, with ranges and ETags, that can be slow, broken or gone."""
 
 import re
+import socket
 import threading
 import time
 from collections import Counter
@@ -13,6 +14,18 @@ from pathlib import Path
 GONE = "gone"
 """While the folder has such a file, connections are closed without an answer."""
 
+SILENT = "silent"
+"""While the folder has such a file, nothing is answered."""
+
+
+def hold_port() -> socket.socket:
+    """A socket with a free port that nobody else is given: it doesn't listen, so connections are
+    refused until a server does that is bound there too."""
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held
+
 
 class WebServer:
     """Serves `folder` at `url`; what is asked and sent is counted by the file's name."""
@@ -24,8 +37,13 @@ class WebServer:
         self.delay = 0.0  # seconds before each answer
         self.cuts_after: int | None = None  # bytes of each answer, then the connection breaks
         self.has_ranges = True
+        self.gate = threading.Event()  # answers wait until it is set
+        self.gate.set()
+        self.piece = 0  # bytes after which an answer pauses for `delay` again; 0 for never
         self.wants: tuple[str, str] | None = None  # a header, without which answers are 401
         self._counting = threading.Lock()
+        self._port = hold_port()
+        self.port: int = self._port.getsockname()[1]
         self._server: ThreadingHTTPServer | None = None
         self.start()
 
@@ -33,8 +51,8 @@ class WebServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def start(self, port: int = 0) -> None:
-        """Answer requests, at a free port unless it is given."""
+    def start(self) -> None:
+        """Answer requests from now on."""
         web = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -53,19 +71,26 @@ class WebServer:
         class Server(ThreadingHTTPServer):
             request_queue_size = 1024  # a step's ranges come all at once
 
-        self._server = Server(("127.0.0.1", port), Handler)
-        self.port = self._server.server_address[1]
+        self._server = Server(("127.0.0.1", self.port), Handler)
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def stop(self) -> None:
-        """Go away; connections are refused from now on."""
-        assert self._server is not None
-        self._server.shutdown()
-        self._server.server_close()
-        self._server = None
+        """Go away, if it is there; connections are refused from now on."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.shutdown()
+            server.server_close()
+
+    def close(self) -> None:
+        """Go away for good."""
+        self.stop()
+        self._port.close()
 
     def answer(self, request: BaseHTTPRequestHandler, *, with_body: bool) -> None:
         time.sleep(self.delay)
+        self.gate.wait()
+        while (self.folder / SILENT).exists() and self._server is not None:
+            time.sleep(0.05)
         if self._server is None or (self.folder / GONE).exists():
             request.close_connection = True
             return
@@ -95,10 +120,13 @@ class WebServer:
             return
         if self.cuts_after is not None:
             content, request.close_connection = content[: self.cuts_after], True
-        request.wfile.write(content)
-        with self._counting:
+        with self._counting:  # before: who has the answer may look at once
             self.asked[path.name] += 1
             self.sent[path.name] += len(content)
+        for start in range(0, len(content), self.piece or len(content) or 1):
+            time.sleep(self.delay if start else 0.0)
+            request.wfile.write(content[start:][: self.piece or None])
+            request.wfile.flush()
 
 
 @contextmanager
@@ -108,5 +136,4 @@ def serve(folder: Path) -> Iterator[WebServer]:
     try:
         yield server
     finally:
-        if server._server is not None:
-            server.stop()
+        server.close()

@@ -6,10 +6,11 @@ from unittest import mock
 import pytest
 
 from data.config import MixtureData
-from launch import prepare
+from launch import prepare, train
 from launch.begin import settle
 from launch.settings.compose import Job, run_jobs
 from launch.settings.config import LaunchedRun
+from tests.data.web_server import hold_port
 from train.outcome import ExitCode
 
 
@@ -44,6 +45,22 @@ def test_a_corpus_behind_a_url_keeps_it(tmp_path: Path, monkeypatch: pytest.Monk
     with mock.patch("sys.argv", ["thrifty train", "experiment=smoke", "data.folder='s3://b/c'"]):
         run_jobs(keep, schema=LaunchedRun)
     assert settled == ["s3://b/c"]
+
+
+def test_a_server_that_is_away_at_the_start_is_a_failure_and_not_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("THRIFTY_CACHE", str(tmp_path / "cache"))
+    with hold_port() as port:  # where nobody listens
+        url = f"http://127.0.0.1:{port.getsockname()[1]}"
+        given = ["experiment=smoke", f"run_dir={tmp_path}/run", "data.retry.attempts=1"]
+        for data in (
+            [f"data.folder='{url}'"],
+            ["data=mixture", f"data.sources=[{{name: a, folder: '{url}', weight: 1}}]"],
+        ):
+            monkeypatch.setattr("sys.argv", ["thrifty train", *given, *data])
+            assert train.main() == ExitCode.FAILED
+            assert f"{url}/manifest.json: " in capsys.readouterr().err
 
 
 def test_nothing_is_prepared_behind_a_url(

@@ -13,9 +13,9 @@ import pytest
 import data.training_data
 import train.run
 from data.held_out import HeldOut, open_held_out
-from data.retry import RetryConfig, retry
+from data.retry import RetryConfig, longest_silence, retry
 from data.token_stream import TokenStream
-from tests.data.web_server import GONE, serve
+from tests.data.web_server import GONE, SILENT, serve
 from tests.ranks import run_ranks
 from tests.train.tiny import tiny_run
 from train.checkpoint.checkpoints import Checkpoints
@@ -25,6 +25,7 @@ from train.evaluate_run import EvaluateConfig, evaluate_run
 from train.journal import read_records
 from train.layout.parallel import ParallelConfig
 from train.loop import train as train_run
+from train.watch.watchdog import WatchdogConfig
 
 CANT_READ = r"the data can't be read \(.*rank 1: .*00000\.bin.*the run is saved"
 
@@ -179,6 +180,30 @@ def test_a_run_whose_server_goes_away_is_finished_by_a_rerun_and_judged_through_
 
         write_config(undisturbed, Path(undisturbed.run_dir) / CONFIG_FILE)
         assert judge(server.url) == judge(str(server.folder))
+
+
+@pytest.mark.slow
+def test_a_run_whose_server_falls_silent_for_longer_than_a_step_may_take_is_saved(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THRIFTY_CACHE", str(tmp_path / "cache"))
+    config.watchdog = WatchdogConfig(factor=2.0, min_seconds=4.0, heartbeat_seconds=0.3)
+    config.data.retry = RetryConfig(attempts=3, wait_seconds=0.1, timeout_seconds=6.0)
+    assert longest_silence(config.data.retry, is_remote=True) > 4 * config.watchdog.min_seconds
+    with serve(Path(config.data.folder)) as server:
+        config.data.folder, config.data.cache_bytes = server.url, 0
+        with (
+            from_read(4, (server.folder / SILENT).touch),
+            pytest.raises(
+                AssertionError, match=r"can't be read .*has not answered within 6 s"
+            ) as told,
+        ):
+            start(config)
+        assert "DataError" in str(told.value)
+        assert server.asked["manifest.json"] == 2, "once by each rank"
+        (*_, saved) = Checkpoints(Path(config.run_dir), keep=10).steps()
+        assert 2 <= saved <= 3
+        assert not (Path(config.run_dir) / "stalls").exists()
 
 
 def test_a_failure_that_passes_is_only_a_warning(

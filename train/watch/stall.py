@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.arrivals import ARRIVALS
 from data.atomic_file import read_json, write_aside, write_json
 from model.whereabouts import HERE
 
@@ -23,6 +24,7 @@ FOLDER = "stalls"
 HEARTBEATS = "heartbeats"
 EXPLANATION = "explanation.json"
 COMPUTING = "computing"
+DATA_WAIT = "data wait"
 ATTEMPT_VARIABLE = "THRIFTY_ATTEMPT"  # in the environment of ranks: the number of their start
 
 
@@ -40,6 +42,7 @@ class Statement:
     number: int = 0  # of its collectives so far
     detail: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0  # in this activity
+    silence: float | None = None  # seconds since data last came from behind a URL, if any did
     time: float = 0.0  # since 1970, when this was said
     attempt: int = 0  # the start that this process is of
     stacks: dict[str, str] = field(default_factory=dict)  # by thread
@@ -71,6 +74,7 @@ def take_statement(rank: int, *, with_stacks: bool) -> Statement:
         step=HERE.step,
         activity=COMPUTING,
         number=HERE.number,
+        silence=ARRIVALS.seconds_ago(),
         time=time.time(),
         attempt=int(os.environ.get(ATTEMPT_VARIABLE, "0")),
     )

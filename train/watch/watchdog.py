@@ -4,6 +4,7 @@ A thread that wakes every few seconds; the training thread only notes when a ste
 """
 
 import logging
+import math
 import os
 import threading
 import time
@@ -16,6 +17,7 @@ from typing import Self
 from model.whereabouts import HERE
 from train.outcome import ExitCode
 from train.ranks import Ranks
+from train.watch.data_waits import DataWaits, Wait
 from train.watch.stall import (
     ATTEMPT_VARIABLE,
     HEARTBEATS,
@@ -64,8 +66,16 @@ def check_watchdog(config: WatchdogConfig) -> None:
 class Watchdog:
     """While entered, watches this rank."""
 
-    def __init__(self, config: WatchdogConfig, *, run_dir: Path, ranks: Ranks) -> None:
+    def __init__(
+        self, config: WatchdogConfig, *, run_dir: Path, ranks: Ranks, data_seconds: float = 0.0
+    ) -> None:
+        """`data_seconds` is how long a rank may wait for data of which nothing comes."""
         self.config = config
+        self._data_seconds = data_seconds
+        self._data_waits = DataWaits(
+            run_dir, rank=ranks.rank, heartbeat_seconds=config.heartbeat_seconds
+        )
+        self._data_came = -math.inf  # time.monotonic()
         self.run_dir = run_dir
         self.ranks = ranks
         attempt = int(os.environ.get(ATTEMPT_VARIABLE, "0"))
@@ -109,9 +119,17 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._is_over.wait(self.config.heartbeat_seconds):
             self._say_that_it_lives()
-            if time.monotonic() - self._last_step > self.limit():
+            if time.monotonic() - self._last_step > self.limit() and not self._waits_for_data():
                 self._explain()
                 os._exit(ExitCode.STALLED)  # the training thread can't be woken
+
+    def _waits_for_data(self) -> bool:
+        """Whether no step ends because some rank waits for data, or did so until just now."""
+        wait = self._data_waits.look(self._data_seconds + self.limit())
+        if wait is Wait.on:
+            self._data_came = time.monotonic()  # from when on the step has its own time
+        is_recent = time.monotonic() - self._data_came <= self.limit()
+        return wait is Wait.on or (wait is Wait.none and is_recent)
 
     def _say_that_it_lives(self) -> None:
         with self._one_at_a_time:
