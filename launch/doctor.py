@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig, MixtureData
+from data.mirror import is_remote
 from launch.begin import settle
 from launch.fitness.findings import Findings, report
 from launch.fitness.probe import mark_path
@@ -142,7 +143,7 @@ def _judge_reach(findings: Findings, hosts: list[str], facts: list[Facts]) -> di
     return good
 
 
-def _judge_versions(findings: Findings, config: LaunchedRun, good: dict[str, Facts]) -> None:
+def _judge_versions(findings: Findings, _: LaunchedRun, good: dict[str, Facts]) -> None:
     """Same Python, same packages, same code as most."""
     packages = [known["versions"] for known in good.values()]
     for host, known in good.items():
@@ -159,10 +160,30 @@ def _judge_versions(findings: Findings, config: LaunchedRun, good: dict[str, Fac
     _judge_same(findings, "Python", pythons, "use the same Python on every node (launch.python)")
     code = {host: known["code"] for host, known in good.items()}
     _judge_same(findings, "our code", code, "install the same commit of thrifty on every node")
-    corpora = {host: known["corpora"] for host, known in good.items()}
-    _judge_same(
-        findings, "corpus", corpora, f"put the prepared corpus into {config.data.folder} there"
-    )
+
+
+def judge_corpora(findings: Findings, config: LaunchedRun, good: dict[str, Facts]) -> None:
+    """Every node reads the same corpora."""
+    digests = {}
+    for host, known in good.items():
+        for folder, why in known["corpora"]["unread"].items():
+            findings.add("corpus", host, why, "", _way_to_corpus(folder))
+        if not known["corpora"]["unread"]:
+            digests[host] = known["corpora"]["digest"]
+    folders = ", ".join(find_corpora(config.data))
+    way_out = f"{folders} must hold the same there as on the other nodes: copy it there again"
+    if any(map(is_remote, find_corpora(config.data))):
+        way_out += "; behind a URL, look for a proxy or a copy that is not finished"
+    _judge_same(findings, "corpus", digests, way_out)
+
+
+def _way_to_corpus(folder: str) -> str:
+    if is_remote(folder):
+        return (
+            f"let the node reach {folder}: network, proxy, credentials, and the package that reads "
+            "such URLs (aiohttp, s3fs, gcsfs) must be there; no corpus needs to be put there"
+        )
+    return f"put the prepared corpus into {folder} there"
 
 
 def _judge_same(findings: Findings, check: str, values: dict[str, str], way_out: str) -> None:
@@ -283,7 +304,14 @@ def _judge_network(
         findings.notes += list_rates(rates, hosts)
 
 
-CHECKS = (_judge_versions, judge_devices, _judge_room, _judge_addresses, _judge_clocks)
+CHECKS = (
+    _judge_versions,
+    judge_corpora,
+    judge_devices,
+    _judge_room,
+    _judge_addresses,
+    _judge_clocks,
+)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -25,7 +26,7 @@ from launch.nodes.interface import address_of, interface_of, interface_towards
 
 PACKAGES = ("thrifty", "torch", "deepspeed", "numpy", "safetensors", "datasets", "sentencepiece")
 CODE = ("model", "data", "train", "launch")
-URL_SECONDS = 20.0  # for an answer
+URL_SECONDS = 20.0  # for an answer; what is left of the doctor's patience is for ssh and the rest
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 (looked at, not written to)
 
 
@@ -54,7 +55,7 @@ def probe(asked: dict[str, Any]) -> dict[str, Any]:
         "interface": _interface(asked),
         "resolved": resolve(asked["first_name"]) if asked["first_name"] else None,
         "port": _try_port(asked["port"]),
-        "corpora": hash_corpora(asked["corpora"]),
+        "corpora": look_at_corpora(asked["corpora"])._asdict(),
         "written": written,
     }
 
@@ -148,21 +149,37 @@ def _try_port(port: int | None) -> str:
     return ""
 
 
-def hash_corpora(folders: list[str]) -> str:
-    """One digest of all corpora's manifests; `missing` where one can't be read."""
-    digest = hashlib.sha256()
-    try:
-        for folder in folders:
-            manifest = f"{folder}/manifest.json"
-            if is_remote(folder):
-                from data.remote_file import open_url  # brings numpy: only a URL waits for it
+class Corpora(NamedTuple):
+    """What a node can read of the run's corpora."""
 
-                digest.update(open_url(manifest, timeout=URL_SECONDS).read())
-            else:
-                digest.update(Path(manifest).read_bytes())
-    except (OSError, ValueError):
-        return "missing"
-    return digest.hexdigest()[:12]
+    digest: str  # of all manifests, or `missing`
+    unread: dict[str, str]  # folder or URL, and why it can't be read
+
+
+def look_at_corpora(folders: list[str]) -> Corpora:
+    """All are looked at together, so several URLs that don't answer cost no more than one."""
+    if not folders:
+        return Corpora("", {})
+    with ThreadPoolExecutor(len(folders)) as threads:
+        read = dict(zip(folders, threads.map(_read_manifest, folders), strict=True))
+    unread = {folder: content for folder, content in read.items() if isinstance(content, str)}
+    if unread:
+        return Corpora("missing", unread)
+    contents = [content for content in read.values() if isinstance(content, bytes)]
+    return Corpora(hashlib.sha256(b"".join(contents)).hexdigest()[:12], {})
+
+
+def _read_manifest(folder: str) -> bytes | str:
+    """The content, or why it can't be read."""
+    manifest = f"{folder}/manifest.json"
+    try:
+        if is_remote(folder):
+            from data.remote_file import open_url  # brings numpy: only a URL waits for it
+
+            return open_url(manifest, timeout=URL_SECONDS).read()
+        return Path(manifest).read_bytes()
+    except (OSError, ValueError) as error:
+        return str(error)
 
 
 def _existing(path: Path) -> Path:

@@ -41,6 +41,8 @@ class WebServer:
         self.gate.set()
         self.piece = 0  # bytes after which an answer pauses for `delay` again; 0 for never
         self.wants: tuple[str, str] | None = None  # a header, without which answers are 401
+        self.most_at_once = 0  # requests that waited for their answer together
+        self._at_once = 0
         self._counting = threading.Lock()
         self._port = hold_port()
         self.port: int = self._port.getsockname()[1]
@@ -87,8 +89,13 @@ class WebServer:
         self._port.close()
 
     def answer(self, request: BaseHTTPRequestHandler, *, with_body: bool) -> None:
+        with self._counting:
+            self._at_once += 1
+            self.most_at_once = max(self.most_at_once, self._at_once)
         time.sleep(self.delay)
         self.gate.wait()
+        with self._counting:
+            self._at_once -= 1
         while (self.folder / SILENT).exists() and self._server is not None:
             time.sleep(0.05)
         if self._server is None or (self.folder / GONE).exists():

@@ -1,12 +1,14 @@
 """What the doctor makes of nodes' answers. (tests/cluster/test_doctor.py asks real ones.)"""
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from launch.doctor import judge_devices
+from launch.doctor import PROBE_SECONDS, judge_corpora, judge_devices
 from launch.fitness.findings import Findings, report
-from launch.fitness.probe import hash_corpora, list_gpus, resolve
+from launch.fitness.probe import URL_SECONDS, list_gpus, look_at_corpora, resolve
 from launch.fitness.rates import GB, describe_rates, list_rates
 from launch.settings.config import LaunchedRun
 from tests.command import compose
@@ -104,5 +106,44 @@ def test_rates_are_told_for_the_group_and_each_pair_and_the_slowest_link_is_name
 def test_a_corpus_behind_a_url_counts_as_missing_where_it_cant_be_reached(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     with serve(tmp_path) as server:
-        assert hash_corpora([server.url]) == hash_corpora([str(tmp_path)]) != "missing"
-    assert hash_corpora([server.url]) == "missing"
+        found = look_at_corpora([server.url])
+        assert found == look_at_corpora([str(tmp_path)])
+        assert found.digest != "missing"
+        server.stop()
+        found = look_at_corpora([server.url, str(tmp_path)])
+    assert found.digest == "missing"
+    assert list(found.unread) == [server.url]
+    assert f"{server.url}/manifest.json" in found.unread[server.url]
+
+
+def test_urls_are_asked_together_so_that_silent_ones_cost_no_more_than_one(tmp_path: Path) -> None:
+    with serve(tmp_path) as server:
+        server.gate.clear()
+
+        def answer_all() -> None:
+            while server.most_at_once < 4:
+                time.sleep(0.01)
+            server.gate.set()
+
+        threading.Thread(target=answer_all, daemon=True).start()
+        urls = [f"{server.url}/{name}" for name in "abcd"]
+        assert list(look_at_corpora(urls).unread) == urls
+    assert server.most_at_once == 4
+    assert URL_SECONDS < PROBE_SECONDS / 2, "the rest of a node's answer has time left"
+
+
+def test_the_way_out_for_a_corpus_is_to_reach_its_url_or_to_put_it_there(
+    config: LaunchedRun,
+) -> None:
+    url, folder = "s3://bucket/web", "/data/qa"
+    good = {"digest": "abc", "unread": {}}
+    bad = {"digest": "missing", "unread": {url: f"{url}: refused", folder: "no such file"}}
+    findings = Findings(["a", "b"])
+    judge_corpora(findings, config, {"a": {"corpora": good}, "b": {"corpora": bad}})
+    red = [finding for finding in findings.findings if not finding.is_good]
+    assert [(one.host, one.text) for one in red] == [
+        ("b", f"{url}: refused"),
+        ("b", "no such file"),
+    ]
+    assert red[0].way_out.startswith(f"let the node reach {url}: network")
+    assert red[1].way_out == f"put the prepared corpus into {folder} there"
