@@ -1,11 +1,13 @@
 """What fails when a corpus behind a URL is read: for whom, how often, and what is said of it."""
 
+import errno
 import os
 import shutil
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,19 @@ def test_what_is_forbidden_is_not_asked_for_again(
     assert "attempt" not in caplog.text
 
 
+def test_what_lasts_is_told_from_what_may_pass() -> None:
+    class ResponseError(Exception):  # as aiohttp's
+        status = 403
+
+    wrapped = OSError("a shard can't be read")
+    wrapped.__cause__ = ResponseError()
+    lasting = [PermissionError("AccessDenied"), OSError(errno.EROFS, "read-only"), wrapped]
+    assert all(map(is_lasting, lasting))
+    gone = FileNotFoundError(errno.ENOENT, "its mount may come back")
+    passing = [gone, OSError("502"), TimeoutError()]
+    assert not any(map(is_lasting, passing))
+
+
 def test_a_complete_cache_is_read_where_no_lock_can_be_taken(
     web: WebServer, prepared: Prepared
 ) -> None:
@@ -206,18 +221,18 @@ def test_a_shard_that_one_node_knows_as_another_one_is_refused_by_all(
     assert f"rank 1: {web.url}/{name} was replaced since it was first read" in first
 
 
-def test_a_copy_is_made_in_parts_from_a_server_without_ranges(
-    web: WebServer, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+def test_a_copy_is_made_in_parts_but_in_one_request_from_a_server_without_ranges(
+    web: WebServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote_module, "COPIED_AT_ONCE", 100)
+    monkeypatch.setattr(remote_module, "COPIED_AT_ONCE", 2**20)
     web.has_ranges = False
     config = read_config(web.url)
     prepare(config)
-    shard = max((s.bin for s in prepared.manifest.train.shards), key=lambda bin: bin.num_bytes)
-    assert shard.num_bytes > 300
-    path = open_remote(web.url, config).copy(shard)
-    assert path.read_bytes() == (prepared.folder / shard.name).read_bytes()
-    assert web.asked[shard.name] == 1
+    content = bytes(range(256)) * 2**15  # more than fsspec reads at once
+    (web.folder / "large.bin").write_bytes(content)
+    record = FileRecord("large.bin", len(content), sha256(content).hexdigest())
+    assert open_remote(web.url, config).copy(record).read_bytes() == content
+    assert web.asked["large.bin"] == 1
 
 
 def test_only_silence_counts_and_every_part_that_comes_is_noted() -> None:
