@@ -5,8 +5,9 @@ and for each document the place after its last token, u64[D]. `NAME.ds.loss`, if
 a byte per token: 0 where no loss is taken on predicting it.
 """
 
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,13 @@ DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 def mask_path(tokens_path: Path) -> Path:
     """The file that says where no loss is taken; most corpora have none."""
     return tokens_path.with_name(tokens_path.name + ".loss")
+
+
+class Hidden(NamedTuple):
+    """Tokens that no loss is taken on."""
+
+    prompts: npt.NDArray[np.int32]  # how many at the beginning of each document
+    total: int  # anywhere
 
 
 class DatatroveIndex:
@@ -62,32 +70,36 @@ class DatatroveIndex:
         Raises:
             ValueError: The mask does not fit the tokens.
         """
-        if not self._mask.is_file():
-            return np.zeros(self.num_documents, np.int32)
-        return self._scan()[0]
+        return self._hidden.prompts
 
     def count_hidden(self) -> int:
         """Tokens that no loss is taken on, first ones of documents included; 0 without a mask."""
-        return self._scan()[1] if self._mask.is_file() else 0
+        return self._hidden.total
 
-    def _scan(self) -> tuple[npt.NDArray[np.int32], int]:
-        """Prompts and the number of hidden tokens, from the mask read in pieces."""
+    @cached_property
+    def _hidden(self) -> Hidden:
+        """What the mask hides, read in pieces."""
+        if not self._mask.is_file():
+            return Hidden(np.zeros(self.num_documents, np.int32), 0)
         size = self._mask.stat().st_size
         if size != self.num_tokens:
             raise ValueError(
                 f"{self._mask} holds {size} bytes, {self.num_tokens} tokens are listed: it is cut "
                 "short, or another file's"
             )
-        starts = self.all_starts()
-        first_learnt = starts[1:].copy()  # of each document; its end where nothing is
-        hidden = self.num_tokens
+        borders = self.all_starts()
+        starts, stops = borders[:-1], borders[1:]
+        first_learnt = stops.copy()  # of each document; its end where nothing is
+        num_learnt = 0
         with open(self._mask, "rb") as file:
             for begin in range(0, self.num_tokens, SCANNED_AT_ONCE):
-                learnt = begin + np.flatnonzero(np.fromfile(file, np.uint8, SCANNED_AT_ONCE))
-                documents = np.searchsorted(starts, learnt, side="right") - 1
-                is_first = learnt == starts[documents]
-                learnt, documents = learnt[~is_first], documents[~is_first]
-                hidden -= len(learnt)
-                found, at = np.unique(documents, return_index=True)
-                first_learnt[found] = np.minimum(first_learnt[found], learnt[at])
-        return (first_learnt - starts[:-1]).astype(np.int32), hidden
+                is_learnt = np.fromfile(file, np.uint8, SCANNED_AT_ONCE) != 0
+                end = begin + len(is_learnt)
+                firsts = starts[slice(*np.searchsorted(starts, [begin, end]))]
+                is_learnt[firsts - begin] = False
+                learnt = np.append(begin + np.flatnonzero(is_learnt), self.num_tokens)
+                num_learnt += len(learnt) - 1
+                here = slice(np.searchsorted(stops, begin, "right"), np.searchsorted(starts, end))
+                found = learnt[np.searchsorted(learnt, starts[here])]
+                first_learnt[here] = np.minimum(first_learnt[here], found)
+        return Hidden((first_learnt - starts).astype(np.int32), self.num_tokens - num_learnt)

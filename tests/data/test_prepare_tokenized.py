@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
 from datatrove.pipeline.tokens.tokenizer import TokenizedFile
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import data.datatrove_index
 from data.config import TokenizedData, check_data
 from data.corpus import find_token_files
+from data.datatrove_index import DatatroveIndex
 from data.documents import MappedIndex
 from data.fim import FimConfig
 from data.manifest import Split
@@ -218,6 +221,26 @@ def test_no_loss_is_taken_in_the_midst_of_documents_where_datatroves_mask_says_s
         for run in re.finditer("1+", f"0{mask[1:]}")
     ] + plain
     assert split.text_bytes == sum(len(tokenizer.decode(ids).encode()) for ids in runs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    masks=st.lists(st.lists(st.booleans(), max_size=8), min_size=1, max_size=8).filter(any),
+    piece=st.integers(1, 12),
+)
+def test_a_mask_that_is_read_in_pieces_equals_a_loop(
+    masks: list[list[bool]], piece: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever its pieces and documents, empty ones too."""
+    folder = tmp_path_factory.mktemp("mask")
+    write_datatrove(folder, "one", [[7] * len(mask) for mask in masks])
+    (folder / "one.ds.loss").write_bytes(bytes(flag for mask in masks for flag in mask))
+    with mock.patch.object(data.datatrove_index, "SCANNED_AT_ONCE", piece):
+        index = DatatroveIndex(folder / "one.ds", folder / "one.ds.index")
+        prompts, hidden = index.prompt_lengths().tolist(), index.count_hidden()
+    learnt = [[k for k, flag in enumerate(mask) if flag and k] for mask in masks]
+    assert prompts == [next(iter(k), len(mask)) for k, mask in zip(learnt, masks, strict=True)]
+    assert hidden == sum(map(len, masks)) - sum(map(len, learnt))
 
 
 def test_documents_with_a_mask_are_left_as_they_are_by_fim(
