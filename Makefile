@@ -36,7 +36,7 @@ test: $(INSTALLED) ## the tests (minutes)
 
 test-all: $(INSTALLED) ## the slow tests too
 ifdef INSTALLED
-	$(PYTHON) -m pip install --quiet --no-build-isolation -e '.[harness,kernels,s3]'
+	$(PYTHON) -m pip install --quiet --no-build-isolation -e '.[harness,s3]'
 endif
 	$(PYTHON) -m pytest -q -m 'not gpu and not cluster'
 

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+from hydra._internal.hydra import Hydra
+from hydra.types import RunMode
+
 from launch.settings.compose import Job, run_jobs, to_config
 from launch.settings.config import LaunchedRun, check_launched
 from train.outcome import ExitCode
@@ -20,7 +23,11 @@ def compose(*overrides: str) -> LaunchedRun:
         check_launched(configs[0])
         return ExitCode.FINISHED
 
-    with mock.patch.object(sys, "argv", ["thrifty train", *overrides]):
+    with (
+        mock.patch.object(sys, "argv", ["thrifty train", *overrides]),
+        # It composes all once before, to tell a sweep from a run; hundreds of tests ask for a run.
+        mock.patch.object(Hydra, "get_mode", return_value=RunMode.RUN),
+    ):
         results = run_jobs(keep, schema=LaunchedRun)
     if results[0].exit_code != ExitCode.FINISHED:
         raise SystemExit(results[0].exit_code)

@@ -41,4 +41,4 @@ def test_a_rank_that_hangs_is_ended_and_says_where_it_stood() -> None:
             time.sleep(60)
 
     with pytest.raises(AssertionError, match=r"(?s)rank 0:.*in hang"):
-        run_ranks(2, hang, seconds=5)
+        run_ranks(2, hang, seconds=3)

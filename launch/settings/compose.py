@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -149,8 +150,13 @@ def worst(results: list[Result]) -> ExitCode:
 
 def _register(schema: type[Any]) -> None:
     """Give Hydra the types: the root's, and those of the options of groups with several kinds."""
+    ConfigStore.instance().store(name="schema", node=schema)
+    _register_kinds()
+
+
+@cache
+def _register_kinds() -> None:
     store = ConfigStore.instance()
-    store.store(name="schema", node=schema)
     for kind in MODEL_KINDS:
         store.store(group="model", name=f"{kind}_schema", node=model_schema(kind))
     for group, kinds in (

@@ -17,6 +17,7 @@ from train.verify.config import VerifyConfig
 TINY = ("experiment=smoke", "verify.steps=1")
 
 
+@pytest.mark.slow
 def test_a_layout_is_verified_on_as_many_processes_as_it_needs(tmp_path: Path) -> None:
     settings = ("launch.processes=2", "parallel=expert", "parallel.recompute=full")
     code, output = thrifty("verify", *TINY, *settings, cwd=tmp_path)

@@ -238,8 +238,10 @@ def test_equal_scores_and_undefined_ones_give_each_token_different_experts(devic
     assert weights[3].isnan().all()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recompute", Recompute)
+@pytest.mark.parametrize(
+    "recompute",
+    [pytest.param(r, marks=[] if r is Recompute.none else pytest.mark.slow) for r in Recompute],
+)
 def test_a_model_on_kernels_equals_a_model_without(device: str, recompute: Recompute) -> None:
     """Losses, loads and all gradients."""
     batch, lengths = packed_batch([[9, 3], [12]]), [9, 3, 12]

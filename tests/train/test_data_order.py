@@ -178,6 +178,7 @@ NOTED = {"weights": "data.sources", "seq_len": "data.seq_len", "packing": "data.
 KEYS = NOTED | {"batch_size": "schedule.batch_size"}
 
 
+@pytest.mark.slow
 def test_no_document_is_read_twice_or_left_out_while_ranks_blend_and_lengths_change(
     corpora: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -44,7 +44,6 @@ Layout = dict[str, Any]
 
 FEW: list[tuple[int, Layout]] = [
     (1, {"zero_stage": 0, "accumulation": 4, **FULL}),
-    (1, {"zero_stage": 3, **FULL}),
     (2, {"zero_stage": 0, "expert": 2, "accumulation": 2, **MUON}),
     (2, {"zero_stage": 2, "expert": 2, "accumulation": 2, **OFFLOAD, **FULL}),
     (2, {"zero_stage": 3, "expert": 2, **FULL}),
@@ -101,6 +100,7 @@ MANY: list[tuple[int, Layout]] = [
         for stage in ZERO_STAGES
         for more in ({"accumulation": 2, **FULL}, {"sequence": 2, "offload_activations": True})
     ),
+    (1, {"zero_stage": 3, **FULL}),
     (2, {"zero_stage": 1, **HALVES}),
     *(
         (4, {"zero_stage": 0, "accumulation": 2, "overlap_comm": True, "batch_size": 16, **more})

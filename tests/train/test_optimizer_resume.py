@@ -157,7 +157,10 @@ def test_moments_of_one_precision_load_into_another(
     run_ranks(1, be_rank)
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize(
+    "choice",
+    [pytest.param(c, marks=[] if c in ("adamw", "muon") else pytest.mark.slow) for c in CHOICES],
+)
 def test_a_step_with_gradients_that_are_not_finite_changes_nothing(
     tmp_path: Path, choice: str
 ) -> None:

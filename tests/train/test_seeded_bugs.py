@@ -300,7 +300,7 @@ def test_verify_catches_the_bug_and_names_the_part(tmp_path: Path, seeded: Seede
 @pytest.mark.parametrize(
     ("bug", "part"),
     [
-        (expert_gradients_divided_twice, "routed experts"),
+        pytest.param(expert_gradients_divided_twice, "routed experts", marks=pytest.mark.slow),
         (bias_in_bf16, "routing bias"),
         pytest.param(padding_counted, "routing counts", marks=pytest.mark.slow),
         pytest.param(clip_norm_counting_replicas, "global norm", marks=pytest.mark.slow),
