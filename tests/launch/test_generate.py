@@ -1,4 +1,4 @@
-"""`thrifty generate` as it is typed, on a run that `thrifty train` has left."""
+"""`thrifty generate` as it is typed, on the folder of a run."""
 
 import json
 import re
@@ -9,8 +9,13 @@ from typing import NamedTuple
 
 import pytest
 
+from data.prepare import make_ready
 from launch import cli
-from tests.command import thrifty
+from tests.command import compose
+from tests.ranks import run_ranks
+from train.config import CONFIG_FILE, write_config
+from train.engine.engine import join
+from train.loop import train
 
 
 class Printed(NamedTuple):
@@ -24,11 +29,13 @@ Generate = Callable[..., Printed]
 
 @pytest.fixture(scope="module")
 def run_dir(smoke: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("generate")
-    settings = (f"run_dir={folder / 'run'}", "schedule.steps=3", "schedule.warmup_steps=0")
-    code, output = thrifty("train", *smoke, *settings, cwd=folder)
-    assert code == 0, output
-    return folder / "run"
+    folder = tmp_path_factory.mktemp("generate") / "run"
+    config = compose(*smoke, f"run_dir={folder}", "schedule.steps=3", "schedule.warmup_steps=0")
+    make_ready(config.data)
+    folder.mkdir()
+    write_config(config, folder / CONFIG_FILE)
+    run_ranks(1, lambda: train(config, join(config.parallel, timeout_minutes=5)).step)
+    return folder
 
 
 @pytest.fixture
