@@ -124,7 +124,8 @@ def _locate(rows: Sequence[Row], sources: dict[str, Source]) -> list[_Located]:
             places,
             offsets,
             lengths,
-            *source.stream.locate(documents.starts[at] + offsets),
+            # A rearranged document is longer than it is stored: offsets lead past its shard's end.
+            *source.stream.locate(documents.starts[at] + offsets * ~documents.is_rearranged[at]),
             offsets + lengths < documents.lengths[at],
             np.minimum(documents.prompts[at] - 1 - offsets, lengths),
             documents.is_rearranged[at],

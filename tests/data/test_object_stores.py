@@ -14,8 +14,9 @@ from data.blend import SourceConfig
 from data.config import DataConfig, FilesData, MixtureData, read_alike
 from data.fim import FimConfig
 from data.held_out import open_held_out
-from data.manifest import write_manifest
+from data.manifest import read_manifest, write_manifest
 from data.mirror import mirror_folder
+from data.mixture import Row
 from data.position import Position
 from data.prepare import Prepared, make_ready, prepare, tokenizer_path
 from data.prepared_corpus import bring_here, open_corpora
@@ -360,6 +361,23 @@ def test_a_step_asks_once_for_all_its_ranges_however_many_shards_and_rearranged_
     assert is_same(train.read(rows, 5), expected)
     assert 1 <= requests <= most
     assert web.asked.total() - before <= len(pieces)  # near ranges are joined
+
+
+def test_a_rearranged_document_at_the_end_of_the_last_shard_is_read_to_its_end(
+    web: WebServer, prepared: Prepared
+) -> None:
+    # Three tokens more than are stored, in rows of three: one row begins past what is stored.
+    fields: dict[str, object] = {"fim": FimConfig(rate=1.0), "seq_len": 3}
+    afar = TrainingData(read_config(web.url, cache_bytes=0, **fields), seed=4)
+    near = TrainingData(read_config(prepared.folder, **fields), seed=4)
+    drawn = near.draw(near.enter(Position()), read_manifest(prepared.folder).train.tokens // 3).rows
+
+    def last_start(row: Row) -> int:
+        return max(int(row.documents.starts[p.place - row.window.start]) for p in row.pieces)
+
+    last = max(map(last_start, drawn))
+    rows = [row for row in drawn if last_start(row) == last]
+    assert is_same(afar.read(rows, len(rows)), near.read(rows, len(rows)))
 
 
 def test_ranges_that_were_fetched_are_found_whichever_of_them_came_first(web: WebServer) -> None:
