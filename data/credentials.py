@@ -7,7 +7,7 @@ fsspec's (`FSSPEC_HTTPS`, ~/.config/fsspec).
 import re
 
 URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<rest>[^\s'\"]*)", re.IGNORECASE)
-PORT = re.compile(r":\d*$")
+PORT = re.compile(r":\d+$")
 
 
 def refuse_credentials(key: str, text: str) -> None:

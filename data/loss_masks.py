@@ -6,6 +6,7 @@ when they are read: their lengths stand in the index of documents (`data/documen
 """
 
 import mmap
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -44,9 +45,10 @@ class LossMasks:
     def _map(self, record: FileRecord) -> Mask:
         path = self._folder / record.name
         with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != record.num_bytes:
+                raise OSError(f"{path} has {size} bytes, was prepared with {record.num_bytes}")
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if len(mapped) != record.num_bytes:
-            raise OSError(f"{path} has {len(mapped)} bytes, was prepared with {record.num_bytes}")
         return np.frombuffer(mapped, np.uint8)
 
 

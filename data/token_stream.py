@@ -1,6 +1,7 @@
 """A split of a prepared corpus as one stream of tokens, memory-mapped, its shards in order."""
 
 import mmap
+import os
 from bisect import bisect_left, bisect_right
 from functools import lru_cache
 from itertools import accumulate
@@ -226,9 +227,9 @@ class TokenStream:
         if not self._shards[number].tokens:
             return np.zeros(0, self._dtypes[number])  # what is empty can't be mapped
         with open(bin_path(self._folder / self._shards[number].name), "rb") as file:
+            if os.fstat(file.fileno()).st_size != self._shards[number].bin.num_bytes:
+                raise OSError(self.find_fault({number}))
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if len(mapped) != self._shards[number].bin.num_bytes:
-            raise OSError(self.find_fault({number}))
         return np.frombuffer(mapped, self._dtypes[number])
 
     def _open_shard(self, number: int) -> Shard:

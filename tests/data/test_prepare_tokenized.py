@@ -267,7 +267,7 @@ def test_a_mask_that_is_cut_short_while_a_run_reads_is_an_error_that_names_it(
     documents = [list(range(10 * n + 10, 10 * n + 20)) for n in range(6)]
     for name in ("train", "held_out"):
         write_datatrove(tmp_path, name, documents, masks=GAPS)
-    config.retry = RetryConfig(attempts=1)
+    config.retry = RetryConfig(attempts=2, wait_seconds=0)  # the second opens it once more
     prepare(config)
     training = TrainingData(config, seed=0)
     rows = training.draw(Position(), 2).rows

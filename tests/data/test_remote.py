@@ -92,7 +92,7 @@ def test_a_fault_beside_remote_shards_is_named_and_not_their_missing_copies(
     url: str, prepared: Prepared, tmp_path: Path, rate: float
 ) -> None:
     near = shutil.copytree(prepared.folder, tmp_path / "near")
-    patience = RetryConfig(attempts=1, wait_seconds=0)
+    patience = RetryConfig(attempts=2, wait_seconds=0)  # the second opens the shards once more
     config = mixture(
         tmp_path / "mixture", url, cache_bytes=0, retry=patience, fim=FimConfig(rate=rate)
     )
