@@ -4,6 +4,7 @@ File systems raise what their clients do (aiohttp's errors are no OSErrors) and 
 these like; a run saves and stops at an OSError.
 """
 
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, groupby
@@ -19,6 +20,8 @@ from data.retry import Arrived, within
 RANGES_AT_ONCE = 512  # whose answers count as one sign of life
 
 T = TypeVar("T")
+
+AFTER_THE_PATH = re.compile(r"(?<=://)([^\s'\"?#]*)[?#][^\s'\"]*")
 
 MOST_BETWEEN = 2**15
 """Bytes between two ranges of a file that are fetched along: an answer's delay costs more."""
@@ -52,7 +55,8 @@ class RemoteFile(NamedTuple):
         try:
             return within(self.timeout, request, what=self.url)
         except Exception as error:
-            text = str(error) or repr(error)
+            # A server may have led on to a signed URL: what follows ? or # is not for logs.
+            text = AFTER_THE_PATH.sub(r"\1", str(error) or repr(error))
             named = text if self.url in text else f"{self.url}: {text}"
             raise ReadError(named, is_lasting=is_lasting(error)) from error
 

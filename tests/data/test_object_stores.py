@@ -380,6 +380,16 @@ def test_a_rearranged_document_at_the_end_of_the_last_shard_is_read_to_its_end(
     assert is_same(afar.read(rows, len(rows)), near.read(rows, len(rows)))
 
 
+def test_an_error_tells_no_signature_of_a_url_to_which_a_server_led_on(web: WebServer) -> None:
+    def fail(_: object) -> None:
+        raise OSError(f"403, message='Forbidden', url='{web.url}/a.bin?X-Amz-Signature=SECRET'")
+
+    with pytest.raises(OSError, match="Forbidden") as caught:
+        open_url(f"{web.url}/manifest.json", timeout=10).ask(fail)
+    assert "/a.bin'" in str(caught.value)
+    assert "SECRET" not in str(caught.value)
+
+
 def test_ranges_that_were_fetched_are_found_whichever_of_them_came_first(web: WebServer) -> None:
     tokens = np.arange(200_000, dtype=np.uint16)
     (web.folder / "tokens.bin").write_bytes(tokens.tobytes())
