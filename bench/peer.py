@@ -7,6 +7,7 @@ from torch import nn
 from transformers import DeepseekV3Config
 
 from model.config import ModelConfig
+from train.hub.config import to_hub_latent
 
 # Ways in which it can compute experts. batched_mm gathers a copy of an expert's weights for every
 # row: 9 GB in bench.step's sizes, too much for a GPU's.
@@ -40,12 +41,7 @@ def their_sizes(config: ModelConfig, *, seq_len: int) -> dict[str, Any]:
         "first_k_dense_replace": config.num_dense_layers,
         "intermediate_size": config.ffn_dim,
         "num_attention_heads": attention.num_heads,
-        "num_key_value_heads": attention.num_heads,
-        "q_lora_rank": attention.q_lora_rank,
-        "kv_lora_rank": attention.kv_lora_rank,
-        "qk_nope_head_dim": attention.nope_head_dim,
-        "qk_rope_head_dim": attention.rope_head_dim,
-        "v_head_dim": attention.v_head_dim,
+        **to_hub_latent(attention),
         "n_routed_experts": config.moe.num_experts,
         "num_experts_per_tok": config.moe.top_k,
         "moe_intermediate_size": config.moe.expert_dim,

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data.manifest import Split, read_manifest
 from data.shards import Shard, bin_path
 
 COUNTED_AT_ONCE = 2**24  # tokens
@@ -34,13 +33,8 @@ def count_tokens(shards: Iterable[Path], *, vocab_size: int) -> Counts:
     return counts
 
 
-def read_unigram(folder: Path, split: Split) -> Counts:
-    """The counts that `prepare` kept for one split, [vocab_size]."""
-    return load_counts(folder / read_manifest(folder).split(split).unigram.name)
-
-
 def load_counts(path: Path) -> Counts:
-    """The counts in a file, [vocab_size]."""
+    """The counts that `prepare` kept for one split, in its file `unigram`, [vocab_size]."""
     counts: Counts = np.load(path)
     return counts
 

@@ -11,12 +11,12 @@ import pytest
 from data.blend import SourceConfig
 from data.config import FilesData, MixtureData, Verify
 from data.held_out import open_held_out
-from data.manifest import Split, read_manifest, write_manifest
+from data.manifest import read_manifest, write_manifest
 from data.prepare import Prepared, make_ready, prepare
 from data.samples import IGNORED, open_samples
 from data.shards import Shard
 from data.tokenizer import TokenizerConfig
-from data.unigram import read_unigram
+from data.unigram import load_counts
 from tests.data.conftest import ConfigMaker
 
 
@@ -107,7 +107,8 @@ def test_frequencies_of_training_tokens_are_weighted_as_the_mixture_is(
     prepared: Prepared, other: FilesData
 ) -> None:
     counts = open_held_out(mix(prepared.folder, other.folder, weights=(0.9, 0.1))).train_counts
-    parts = [read_unigram(Path(folder), Split.train) for folder in (prepared.folder, other.folder)]
+    folders = [Path(folder) for folder in (prepared.folder, other.folder)]
+    parts = [load_counts(folder / read_manifest(folder).train.unigram.name) for folder in folders]
     wanted = 0.9 * parts[0] / parts[0].sum() + 0.1 * parts[1] / parts[1].sum()
     assert np.abs(counts / counts.sum() - wanted).max() < 1e-3
     (alone,) = (open_held_out(mix(folder)) for folder in [other.folder])

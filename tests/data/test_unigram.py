@@ -9,7 +9,7 @@ import pytest
 from data.manifest import Split
 from data.prepare import Prepared
 from data.shards import Shard, write_shard
-from data.unigram import count_tokens, read_unigram, unigram_cross_entropy
+from data.unigram import count_tokens, load_counts, unigram_cross_entropy
 
 
 def test_the_cross_entropy_is_that_of_each_token_in_turn() -> None:
@@ -31,5 +31,5 @@ def test_counts_add_up_over_shards(tmp_path: Path) -> None:
 def test_prepare_keeps_the_counts_of_each_split(prepared: Prepared, split: Split) -> None:
     record = prepared.manifest.split(split)
     tokens = [t for x in record.shards for t in Shard(prepared.folder / x.name).tokens.tolist()]
-    counts = read_unigram(prepared.folder, split)
+    counts = load_counts(prepared.folder / record.unigram.name)
     assert counts.tolist() == np.bincount(tokens, minlength=400).tolist()

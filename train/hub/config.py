@@ -140,7 +140,7 @@ def to_hub_config(config: ModelConfig, *, max_seq_len: int) -> dict[str, Any]:
                 "head_dim": attention.head_dim,
             }
         case MLAConfig():
-            values |= _to_hub_latent(attention)
+            values |= to_hub_latent(attention)
     values["first_k_dense_replace"] = config.num_dense_layers
     if family is Family.deepseek_v3:
         values["num_nextn_predict_layers"] = config.mtp.depth
@@ -225,7 +225,8 @@ def _dense_model(values: HubConfig, common: dict[str, Any], *, has_bias: bool) -
     )
 
 
-def _to_hub_latent(attention: MLAConfig) -> dict[str, Any]:
+def to_hub_latent(attention: MLAConfig) -> dict[str, Any]:
+    """Latent attention's sizes by the names of DeepSeek's config.json."""
     return {
         "num_key_value_heads": attention.num_heads,
         "q_lora_rank": attention.q_lora_rank,
